@@ -1,0 +1,35 @@
+"""Checks of hyperparameters, made where an optimizer is built."""
+
+import math
+from typing import Any
+
+import jax
+
+
+def check_number(
+    who: str, name: str, value: Any, *, above: float | None = None, below: float = math.inf
+) -> None:
+    """Raises unless 0 <= value < below, or with `above` unless above < value < below.
+
+    Traced values pass: they cannot be looked at.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = float(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{who}: expected {name} to be a number, found {value!r}; to schedule it, wrap the "
+            "factory in optax.inject_hyperparams."
+        ) from error
+    inside = number >= 0 if above is None else number > above
+    if not (inside and number < below):
+        interval = f"[0, {below})" if above is None else f"({above}, {below})"
+        found = f"{number}" if not hasattr(value, "dtype") else f"{number} ({value.dtype})"
+        raise ValueError(f"{who}: expected {name} in {interval}, found {found}.")
+
+
+def check_learning_rate(who: str, learning_rate: Any) -> None:
+    """Raises unless the learning rate is a schedule or a number of at least 0."""
+    if not callable(learning_rate):
+        check_number(who, "learning_rate", learning_rate)

@@ -1,0 +1,72 @@
+"""Parameter trees as flat lists of leaves with readable paths."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+
+class Leaf(NamedTuple):
+    """A leaf of a parameter tree.
+
+    Attributes:
+      keys: The keys on the way to the leaf, as strings.
+      value: The array (or whatever stands for it), `None`, or a
+        `optax.MaskedNode` where `optax.masked` hides a subtree.
+    """
+
+    keys: tuple[str, ...]
+    value: Any
+
+    @property
+    def path(self) -> str:
+        """The keys joined by slashes, as in `conv1/kernel`."""
+        return "/".join(self.keys)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether `optax.masked` hides this leaf or subtree."""
+        return isinstance(self.value, optax.MaskedNode)
+
+
+def is_box(node: Any) -> bool:
+    """Whether a node wraps one array with metadata (NNX variable, Linen box)."""
+    return hasattr(type(node), "get_metadata") or hasattr(type(node), "unbox")
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Flattens with `None` as a leaf, looking into boxes.
+
+    The leaves align with those of `leaves_with_paths` that are not hidden.
+    """
+    return jax.tree.flatten(tree, is_leaf=lambda node: node is None)
+
+
+def flatten_boxes(tree: Any) -> tuple[list[Any], Any]:
+    """As `flatten`, with boxes as leaves."""
+    return jax.tree.flatten(tree, is_leaf=lambda node: node is None or is_box(node))
+
+
+def key_name(key: Any) -> str:
+    """The bare name or number in one key of a JAX key path."""
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def leaves_with_paths(tree: Any) -> list[Leaf]:
+    """All leaves of a tree in order, boxes counted and shown as their arrays."""
+    found = jax.tree_util.tree_leaves_with_path(
+        tree,
+        is_leaf=lambda node: node is None or is_box(node) or isinstance(node, optax.MaskedNode),
+    )
+    return [
+        Leaf(
+            tuple(key_name(key) for key in path),
+            flatten(value)[0][0] if is_box(value) else value,
+        )
+        for path, value in found
+    ]
+
+
+def visible_leaves(tree: Any) -> list[Leaf]:
+    """The leaves that `optax.masked` does not hide, numbered as in `flatten`."""
+    return [leaf for leaf in leaves_with_paths(tree) if not leaf.hidden]

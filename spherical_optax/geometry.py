@@ -1,0 +1,311 @@
+"""The sphere's geometry, group by group: pure functions on arrays.
+
+Write r = |x| and u = x / r for one group. Every function takes arrays and a
+`RadialGroup`; for a joint group it takes a pytree of arrays and a pytree of
+`RadialGroup` of the same structure, and adds the arrays' dot products before it
+divides by anything. Per-group results have the shape `group.shape(x.shape)`. Sums
+accumulate in float32 at least. Groups of norm zero have no direction: what is
+undefined there is left as it was, and gradients stay finite.
+"""
+
+import functools
+import operator
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax.groups import RadialGroup
+
+Arrays = TypeVar("Arrays")
+"""An array, or for joint groups a pytree of arrays."""
+
+Retraction: TypeAlias = Literal["normalize", "geodesic"]
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype in which sums over a group of this dtype accumulate."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """The array in the dtype its group's sums accumulate in, float32 at least."""
+    return x.astype(accumulator(x.dtype))
+
+
+def _sum(products: jax.Array, group: RadialGroup) -> jax.Array:
+    axes = group.axes(products.ndim)
+    total = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i not in axes))
+    if group.num_blocks is not None:
+        total = total.reshape(*total.shape[:-1], group.num_blocks, -1).sum(-1)
+    return total
+
+
+def _inner(x: jax.Array, y: jax.Array, group: RadialGroup) -> jax.Array:
+    return _sum(wide(x) * wide(y), group)
+
+
+def inner(x: Arrays, y: Arrays, group: Any) -> jax.Array:
+    """The inner product of each group.
+
+    ```
+    <x, y> = sum of x_i y_i over the group's entries
+    ```
+
+    Args:
+      x: An array, or a pytree of arrays for joint groups.
+      y: Arrays of the same shapes.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Shape `group.shape(x.shape)`, float32 or, for float64 arrays, float64.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_filter
+      >>> geometry.inner(jnp.ones((3, 2)), jnp.array([[1., 2.]] * 3), per_filter())
+      Array([3., 6.], dtype=float32)
+    """
+    parts = jax.tree.leaves(jax.tree.map(lambda g, a, b: _inner(a, b, g), group, x, y))
+    return functools.reduce(operator.add, (part.reshape(parts[0].shape) for part in parts))
+
+
+def spread(values: jax.typing.ArrayLike, x: jax.Array, group: RadialGroup) -> jax.Array:
+    """Lays per-group values out so that they broadcast against one array.
+
+    Args:
+      values: One value per group, shape `group.shape(x.shape)` (or, from a joint
+        group's other leaf, as many values in another shape).
+      x: The array to broadcast against.
+      group: Its `RadialGroup`.
+
+    Returns:
+      An array of x's rank.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_filter
+      >>> geometry.spread(jnp.array([1., 2.]), jnp.ones((3, 2)), per_filter()).shape
+      (1, 2)
+    """
+    axes = group.axes(x.ndim)
+    values = jnp.reshape(values, group.shape(x.shape))
+    if group.num_blocks is not None:
+        values = jnp.repeat(values, x.shape[axes[-1]] // group.num_blocks, axis=-1)
+    return jnp.expand_dims(values, tuple(i for i in range(x.ndim) if i not in axes))
+
+
+def scale(values: jax.Array, x: Arrays, group: Any) -> Arrays:
+    """Multiplies each group by its value, in the accumulator's precision.
+
+    Args:
+      values: One factor per group.
+      x: An array, or a pytree of them for joint groups.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Arrays like x, of x's dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_filter
+      >>> geometry.scale(jnp.array([1., 2.]), jnp.ones((1, 2)), per_filter())
+      Array([[1., 2.]], dtype=float32)
+    """
+    return jax.tree.map(lambda g, a: (wide(a) * spread(values, a, g)).astype(a.dtype), group, x)
+
+
+def _safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Divides a by b, with 0 where b is 0, with finite gradients there."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with gradient 0 at 0."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+
+
+def norm(x: Arrays, group: Any) -> jax.Array:
+    """The length of each group, r = |x|.
+
+    Args:
+      x: An array, or a pytree of them for joint groups.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Shape `group.shape(x.shape)`, float32 or, for float64 arrays, float64. Its
+      gradient at x = 0 is 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_filter, per_layer
+      >>> x = jnp.array([[3., 0.], [4., 2.]])
+      >>> geometry.norm(x, per_filter())
+      Array([5., 2.], dtype=float32)
+      >>> geometry.norm({"kernel": x, "bias": jnp.array([2., 4.])},
+      ...               {"kernel": per_layer(), "bias": per_layer()})
+      Array(7., dtype=float32)
+    """
+    return safe_sqrt(inner(x, x, group))
+
+
+def project(v: Arrays, x: Arrays, group: Any) -> Arrays:
+    """The part of v that is tangent to the sphere through x.
+
+    ```
+    v - <v, u> u        (v where |x| = 0)
+    ```
+
+    Args:
+      v: An array, or a pytree of them for joint groups.
+      x: The point, arrays of the same shapes.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Arrays like v, of v's dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_layer
+      >>> geometry.project(jnp.array([1., 1.]), jnp.array([2., 0.]), per_layer())
+      Array([0., 1.], dtype=float32)
+    """
+    radial = _safe_divide(inner(v, x, group), inner(x, x, group))
+    return jax.tree.map(
+        lambda g, a, b: (wide(a) - spread(radial, b, g) * wide(b)).astype(a.dtype), group, v, x
+    )
+
+
+def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
+    """Carries a tangent vector of another point to the tangent space at x.
+
+    ```
+    t = m - <m, u> u        |m| t / |t|        (0 where t = 0, m where |x| = 0)
+    ```
+
+    Isometric; the parallel transport along the arc where the arc lies in the plane
+    of m and the old point, and equal to it up to second order in the angle otherwise.
+
+    Args:
+      m: The tangent vector, an array or a pytree of them for joint groups.
+      x: The new point, arrays of the same shapes.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Arrays like m, of m's dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_layer
+      >>> m, x = jnp.array([0., 2.]), jnp.array([1., 1.])
+      >>> geometry.transport(m, x, per_layer())
+      Array([-1.4142135,  1.4142135], dtype=float32)
+    """
+    t = project(m, x, group)
+    before, after = inner(m, m, group), inner(t, t, group)
+    # What is left of a vector turned by 90 degrees is rounding, not a direction.
+    smallest = min(jnp.finfo(a.dtype).eps for a in jax.tree.leaves(m)) ** 2
+    lost = after <= smallest * before
+    return scale(safe_sqrt(_safe_divide(before, jnp.where(lost, 0, after))), t, group)
+
+
+def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:
+    """The angle between the directions of x and y.
+
+    ```
+    atan2(|y - <y, u> u|, <y, u>)
+    ```
+
+    Accurate for small angles too, where the arc cosine of a dot product is not.
+
+    Args:
+      x: An array, or a pytree of arrays for joint groups.
+      y: Arrays of the same shapes.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Radians in [0, pi], shape `group.shape(x.shape)`; 0 where x or y is zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_layer
+      >>> geometry.angle(jnp.array([1., 0.]), jnp.array([2., 2.]), per_layer())
+      Array(0.7853982, dtype=float32)
+    """
+    # y - x is exact for close points, and has the same tangent part as y.
+    step = jax.tree.map(lambda a, b: wide(b) - wide(a), x, y)
+    tangent = norm(project(step, x, group), group)
+    radial = _safe_divide(inner(x, y, group), norm(x, group))
+    degenerate = (tangent == 0) & (radial == 0)
+    return jnp.arctan2(tangent, jnp.where(degenerate, 1, radial))
+
+
+def retract(
+    x: Arrays,
+    v: Arrays,
+    group: Any,
+    radius: jax.typing.ArrayLike = 1.0,
+    method: Retraction = "normalize",
+) -> Arrays:
+    """Takes the step v from x and comes back to the sphere of a given radius.
+
+    ```
+    normalize:  radius (x + v) / |x + v|                      (x where x + v = 0)
+    geodesic:   radius (cos(a) u + sin(a) t / |t|)            (x + v where x = 0)
+                with t the tangent part of v, a = |t| / |x|
+    ```
+
+    Args:
+      x: The point, an array or a pytree of them for joint groups.
+      v: The step, arrays of the same shapes.
+      group: A `RadialGroup`, or a pytree of them.
+      radius: A number, or one value per group.
+      method: `"normalize"` or `"geodesic"`, which follows the great circle.
+
+    Returns:
+      Arrays like x, of x's dtype.
+
+    Raises:
+      ValueError: If the method is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_layer
+      >>> x, v = jnp.array([1., 0.]), jnp.array([0., 1.])
+      >>> geometry.retract(x, v, per_layer())
+      Array([0.70710677, 0.70710677], dtype=float32)
+      >>> geometry.retract(x, v, per_layer(), radius=2.0, method="geodesic")
+      Array([1.08060, 1.68294], dtype=float32)
+    """
+    check_retraction(method)
+    if method == "normalize":
+        moved = jax.tree.map(lambda a, b: wide(a) + wide(b), x, v)
+        length = norm(moved, group)
+        factor = radius / jnp.where(length == 0, 1, length)
+        return jax.tree.map(
+            lambda g, a, y: jnp.where(
+                spread(length == 0, a, g), wide(a), y * spread(factor, a, g)
+            ).astype(a.dtype),
+            group, x, moved,
+        )  # fmt: skip
+    tangent = project(jax.tree.map(wide, v), x, group)
+    length = norm(x, group)
+    inverse = 1 / jnp.where(length == 0, 1, length)
+    turn = norm(tangent, group) * inverse
+    along, across = radius * inverse * jnp.cos(turn), radius * inverse * jnp.sinc(turn / jnp.pi)
+    return jax.tree.map(
+        lambda g, a, t, b: jnp.where(
+            spread(length == 0, a, g),
+            wide(a) + wide(b),
+            wide(a) * spread(along, a, g) + wide(t) * spread(across, a, g),
+        ).astype(a.dtype),
+        group, x, tangent, v,
+    )  # fmt: skip
+
+
+def check_retraction(method: str) -> None:
+    """Raises a `ValueError` that lists the known methods if this is none of them."""
+    if method not in get_args(Retraction):
+        raise ValueError(
+            f"retract: expected method to be one of {list(get_args(Retraction))}, found {method!r}."
+        )

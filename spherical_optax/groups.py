@@ -1,0 +1,432 @@
+"""Which parameter entries are radially invariant, and how they group.
+
+A group is a set of entries x with L(a x) = L(x) for all a > 0. `RadialGroup` says
+how one array splits into groups; a `groups` argument says it for a whole tree.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from spherical_optax import _trees
+
+Groups: TypeAlias = Any
+"""A pytree prefix of the parameters with `RadialGroup`, `None`, `True` or `False`
+leaves; the rules object of `groups_by_path`; or a callable `params -> tree`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RadialGroup:
+    """How one parameter array splits into radially invariant groups.
+
+    Entries that agree on the index axes form one group; sums run over all other
+    axes. Per-group quantities have the index axes' sizes as their shape, in array
+    order: `(cout,)` for the default on a kernel `(h, w, cin, cout)`.
+
+    Args:
+      index_axes: The axes that index the groups. `(-1,)` is one group per output
+        channel of a Flax kernel, `()` the whole array.
+      num_blocks: Splits the last index axis into this many contiguous blocks, one
+        group each (GroupNorm). Must divide that axis.
+      joint: Leaves with the same label, and the same number of groups, form one
+        group together (a kernel and its bias before LayerNorm).
+
+    Raises:
+      TypeError: If an argument has the wrong type.
+      ValueError: If an axis is repeated, or `num_blocks` is below one or has no
+        axis to split.
+
+    Examples:
+      >>> from spherical_optax import RadialGroup
+      >>> RadialGroup(index_axes=(0,)).shape((8, 5))
+      (8,)
+      >>> RadialGroup(num_blocks=4).shape((3, 3, 16, 32))
+      (4,)
+    """
+
+    index_axes: tuple[int, ...] = (-1,)
+    num_blocks: int | None = None
+    joint: str | None = None
+
+    def __post_init__(self) -> None:
+        axes = self.index_axes
+        if isinstance(axes, str) or not isinstance(axes, Iterable):
+            raise TypeError(
+                f"RadialGroup: expected index_axes as a tuple of ints, found {axes!r}; "
+                "write (-1,) for one axis and () for the whole array."
+            )
+        axes = tuple(axes)
+        if not all(_is_int(axis) for axis in axes):
+            raise TypeError(f"RadialGroup: expected integer index_axes, found {axes!r}.")
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"RadialGroup: index_axes repeats an axis: {axes!r}.")
+        if self.num_blocks is not None:
+            if not _is_int(self.num_blocks):
+                raise TypeError(
+                    f"RadialGroup: expected an integer num_blocks, found {self.num_blocks!r}."
+                )
+            if self.num_blocks < 1:
+                raise ValueError(
+                    f"RadialGroup: expected num_blocks of at least 1, found {self.num_blocks}."
+                )
+            if not axes:
+                raise ValueError(
+                    "RadialGroup: num_blocks splits the last index axis, and index_axes is "
+                    "empty; name the axis, for example index_axes=(-1,)."
+                )
+        if self.joint is not None and not isinstance(self.joint, str):
+            raise TypeError(f"RadialGroup: expected joint as a string, found {self.joint!r}.")
+        object.__setattr__(self, "index_axes", axes)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """The index axes of an array of rank `ndim`, non-negative and ascending.
+
+        Raises:
+          ValueError: If an axis is out of range, or named twice (as 1 and as -1).
+        """
+        for axis in self.index_axes:
+            if not -ndim <= axis < ndim:
+                raise ValueError(
+                    f"expected index_axes within an array of {ndim} axes, found {self.index_axes}"
+                )
+        axes = tuple(sorted(axis % ndim for axis in self.index_axes))
+        if len(set(axes)) < len(axes):
+            raise ValueError(
+                f"expected distinct index_axes, found {self.index_axes}, "
+                f"which repeats an axis of an array of {ndim} axes"
+            )
+        return axes
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of per-group quantities for an array of the given shape.
+
+        Raises:
+          ValueError: If the axes do not fit, or `num_blocks` does not divide.
+        """
+        sizes = [shape[axis] for axis in self.axes(len(shape))]
+        if self.num_blocks is not None:
+            if sizes[-1] % self.num_blocks:
+                raise ValueError(
+                    f"expected num_blocks to divide the last index axis of size {sizes[-1]}, "
+                    f"found num_blocks={self.num_blocks}"
+                )
+            sizes[-1] = self.num_blocks
+        return tuple(sizes)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def per_filter() -> RadialGroup:
+    """One group per output channel, the last axis of a Flax kernel (BatchNorm).
+
+    Examples:
+      >>> from spherical_optax import per_filter
+      >>> per_filter().shape((3, 3, 16, 32))
+      (32,)
+    """
+    return RadialGroup(index_axes=(-1,))
+
+
+def per_layer(joint: str | None = None) -> RadialGroup:
+    """The whole array as one group (LayerNorm, RMSNorm).
+
+    Args:
+      joint: Label shared with the leaves that belong to the same group.
+
+    Examples:
+      >>> from spherical_optax import per_layer
+      >>> per_layer().shape((16, 32))
+      ()
+    """
+    return RadialGroup(index_axes=(), joint=joint)
+
+
+def per_channel_block(n: int, joint: str | None = None) -> RadialGroup:
+    """`n` contiguous blocks of output channels, one group each (GroupNorm).
+
+    Args:
+      n: Number of blocks; must divide the number of output channels.
+      joint: Label shared with the leaves that belong to the same groups.
+
+    Examples:
+      >>> from spherical_optax import per_channel_block
+      >>> per_channel_block(4).shape((3, 3, 16, 32))
+      (4,)
+    """
+    return RadialGroup(index_axes=(-1,), num_blocks=n, joint=joint)
+
+
+def per_head(axis: int) -> RadialGroup:
+    """One group per attention head, for a norm over each head (QK-norm).
+
+    Args:
+      axis: The axis that indexes the heads: 1 for a kernel `(d, heads, k)`.
+
+    Examples:
+      >>> from spherical_optax import per_head
+      >>> per_head(axis=1).shape((512, 8, 64))
+      (8,)
+    """
+    return RadialGroup(index_axes=(axis,))
+
+
+@dataclasses.dataclass(frozen=True)
+class PathRules:
+    """Rules of `groups_by_path`.
+
+    Not callable, so that `optax.inject_hyperparams` does not take it for a schedule.
+    """
+
+    rules: tuple[tuple[str, RadialGroup | bool | None], ...]
+
+
+def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
+    r"""Groups named by regular expressions on the parameters' paths.
+
+    A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`; the
+    first rule found anywhere in it (`re.search`) decides. Leaves that no rule
+    matches have no group. In a `joint` label, `\1` stands for the match's first
+    parenthesis, so that one rule forms one joint group per module.
+
+    Args:
+      rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves
+        without a group.
+
+    Returns:
+      A rules object, accepted wherever `groups` is.
+
+    Raises:
+      TypeError: If a pattern is not a string, or a value is not a group.
+      ValueError: If there are no rules or a pattern is not a regular expression;
+        and at `init`, if a rule matches no path.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.ones(8)},
+      ...           "norm": {"scale": jnp.ones(8)}}
+      >>> groups = so.groups_by_path({r"conv/kernel": so.per_filter()})
+      >>> print(so.describe_groups(params, groups))
+      path         shape         groups  entries per group  label
+      conv/bias    (8,)          -       -                  -
+      conv/kernel  (3, 3, 1, 8)  8       9                  -
+      norm/scale   (8,)          -       -                  -
+      >>> joint = so.groups_by_path({r"(.*)/(kernel|bias)": so.per_layer(joint=r"\1")})
+    """
+    if not rules:
+        raise ValueError("groups_by_path: expected at least one rule, found none.")
+    for pattern, group in rules.items():
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"groups_by_path: expected regular expressions as keys, found {pattern!r}."
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"groups_by_path: {pattern!r} is not a regular expression: {error}."
+            ) from error
+        if not _is_group(group):
+            raise TypeError(
+                f"groups_by_path: expected a RadialGroup, None, True or False for rule "
+                f"{pattern!r}, found {group!r}."
+            )
+    return PathRules(tuple(rules.items()))
+
+
+def _is_group(value: Any) -> bool:
+    return value is None or isinstance(value, RadialGroup | bool)
+
+
+def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
+    used = set()
+    result: list[RadialGroup | bool | None] = []
+    for leaf in leaves:
+        group: RadialGroup | bool | None = None
+        decided = False
+        for pattern, candidate in rules.rules:
+            match = re.search(pattern, leaf.path)
+            if match is None:
+                continue
+            used.add(pattern)
+            if decided:
+                continue
+            group, decided = candidate, True
+            if isinstance(group, RadialGroup) and group.joint is not None:
+                group = dataclasses.replace(group, joint=match.expand(group.joint))
+        result.append(group)
+    unused = [pattern for pattern, _ in rules.rules if pattern not in used]
+    # Below a subtree that optax.masked hides, other rules may have their leaves.
+    if unused and not (used and any(leaf.hidden for leaf in leaves)):
+        raise ValueError(
+            f"groups_by_path: no parameter path matches {unused}. The paths are "
+            f"{[leaf.path for leaf in leaves]}."
+        )
+    return result
+
+
+def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
+    given = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(groups)}
+    for keys, group in given.items():
+        if not _is_group(group):
+            raise TypeError(
+                f"groups: expected a RadialGroup, None, True or False at "
+                f"{'/'.join(keys) or 'the root'}, found {group!r} of type "
+                f"{type(group).__name__}."
+            )
+    result: list[RadialGroup | bool | None] = []
+    used = set()
+    for leaf in leaves:
+        prefix = next(
+            (leaf.keys[:n] for n in range(len(leaf.keys) + 1) if leaf.keys[:n] in given), None
+        )
+        if prefix is not None:
+            used.add(prefix)
+            result.append(given[prefix])
+            continue
+        if leaf.value is None or leaf.hidden:  # groups may reach below what is absent here
+            used |= {keys for keys in given if keys[: len(leaf.keys)] == leaf.keys}
+            result.append(None)
+            continue
+        raise ValueError(
+            f"groups: expected a pytree prefix of the parameters, found nothing for "
+            f"{leaf.path} of shape {np.shape(leaf.value)}; put None there for a leaf "
+            f"without a group. groups names {['/'.join(keys) for keys in given]}."
+        )
+    unknown = ["/".join(keys) for keys in given if keys not in used]
+    if unknown:
+        raise ValueError(
+            f"groups: expected a pytree prefix of the parameters, found {unknown}, which "
+            f"no parameter has. The paths are {[leaf.path for leaf in leaves]}."
+        )
+    return result
+
+
+def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup | None:
+    """The leaf's group, after checking that the leaf can have it."""
+    if isinstance(group, bool):
+        group = per_filter() if group else None
+    if group is None or leaf.value is None or leaf.hidden:
+        return None
+    if not hasattr(leaf.value, "dtype"):
+        raise TypeError(
+            f"{leaf.path}: expected an array for a leaf with a radial group, found "
+            f"{leaf.value!r} of type {type(leaf.value).__name__}; give this leaf None."
+        )
+    shape, dtype = leaf.value.shape, leaf.value.dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{leaf.path} of shape {shape}: expected a real floating dtype for a leaf with "
+            f"a radial group, found {dtype}; give this leaf None."
+        )
+    try:
+        group.shape(shape)
+    except ValueError as error:
+        raise ValueError(f"{leaf.path} of shape {shape}: {error}, in {group}.") from None
+    return group
+
+
+def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
+    """Resolves `groups` on a tree into the sets of leaves that form groups together.
+
+    Args:
+      groups: See `Groups`.
+      tree: Parameters or updates; only paths, shapes and dtypes are read.
+
+    Returns:
+      One dictionary per leaf, or per label of joint leaves, from the leaf's number
+      (as `_trees.flatten` counts) to its group. Leaves without a group are absent.
+
+    Raises:
+      TypeError: If something other than groups is given, or a leaf with a group is
+        not of a real floating dtype.
+      ValueError: If `groups` does not fit the tree; the message names the path.
+    """
+    leaves = _trees.leaves_with_paths(tree)
+    if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
+        return []
+    if callable(groups):
+        groups = groups(tree)
+    by = _by_rules if isinstance(groups, PathRules) else _by_prefix
+    found = [_checked(leaf, group) for leaf, group in zip(leaves, by(groups, leaves), strict=True)]
+    return _units(
+        [(leaf, group) for leaf, group in zip(leaves, found, strict=True) if not leaf.hidden]
+    )
+
+
+def _units(
+    grouped: list[tuple[_trees.Leaf, RadialGroup | None]],
+) -> list[dict[int, RadialGroup]]:
+    units: dict[Any, dict[int, RadialGroup]] = {}
+    for number, (leaf, group) in enumerate(grouped):
+        if group is None:
+            continue
+        unit = units.setdefault(number if group.joint is None else group.joint, {})
+        if unit:
+            first, first_group = grouped[next(iter(unit))]
+            expected = math.prod(first_group.shape(first.value.shape))  # type: ignore[union-attr]
+            count = math.prod(group.shape(leaf.value.shape))
+            if count != expected:
+                raise ValueError(
+                    f"{leaf.path} of shape {leaf.value.shape}: joint label {group.joint!r} is "
+                    f"shared with {first.path} of shape {first.value.shape}, expected "
+                    f"{expected} groups as there, found {count}."
+                )
+        unit[number] = group
+    return list(units.values())
+
+
+def describe_groups(params: Any, groups: Groups) -> str:
+    """A table of the groups: path, shape, number of groups, entries per group, label.
+
+    Args:
+      params: The parameters.
+      groups: See `Groups`.
+
+    Returns:
+      One line per leaf. Entries count all leaves of a joint group together; a dash
+      stands for a leaf without a group.
+
+    Raises:
+      TypeError, ValueError: If `groups` does not fit `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import describe_groups
+      >>> print(describe_groups({"kernel": jnp.ones((5, 8))}, {"kernel": True}))
+      path    shape   groups  entries per group  label
+      kernel  (5, 8)  8       5                  -
+    """
+    leaves = _trees.visible_leaves(params)
+    rows = [("path", "shape", "groups", "entries per group", "label")]
+    rows += [(leaf.path, str(np.shape(leaf.value)), "-", "-", "-") for leaf in leaves]
+    for unit in radial_units(groups, params):
+        shapes = {i: leaves[i].value.shape for i in unit}
+        for i, group in unit.items():
+            count = math.prod(group.shape(shapes[i]))
+            rows[i + 1] = (
+                leaves[i].path,
+                str(shapes[i]),
+                str(count),
+                str(group_size(unit, shapes)),
+                group.joint or "-",
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def group_size(unit: Mapping[int, RadialGroup], shapes: Any) -> int:
+    """Entries per group, all leaves of the unit together; shapes by leaf number."""
+    return sum(
+        math.prod(shapes[i]) // max(1, math.prod(g.shape(shapes[i]))) for i, g in unit.items()
+    )

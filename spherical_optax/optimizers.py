@@ -1,0 +1,263 @@
+"""The paper's optimizers, as short chains of the library's transforms.
+
+Keyword-compatible with the optax aliases of the same arguments. `groups` is required:
+a spherical optimizer without groups is just Adam or momentum SGD.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax.groups import Groups
+from spherical_optax.transforms import retract, scale_by_adams, transport_moments
+
+
+def _coupled_decay(who: str, weight_decay: Any) -> optax.GradientTransformation:
+    """L2 regularisation: added to the gradient, before the moments."""
+    check_number(who, "weight_decay", weight_decay)
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay)
+
+
+def adams(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamS: Adam with one second moment per radially invariant group.
+
+    ```
+    g = grad L(x) + weight_decay x
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) |g|^2
+    x' = x - learning_rate sqrt(d) mhat / (sqrt(vhat) + eps)
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+        `optax.adam`.
+      weight_decay: Factor of the coupled L2 term, for all leaves.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.adams(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      -1.00
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+    check_learning_rate("adams", learning_rate)
+    return optax.chain(
+        _coupled_decay("adams", weight_decay),
+        scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamsrt(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamSRT: AdamS whose moments are rescaled and transported as the groups move.
+
+    The update is that of `adams`; the moments are carried by `transport_moments`.
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+        `optax.adam`.
+      weight_decay: Factor of the coupled L2 term, for all leaves.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.adamsrt(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      -1.00
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+    check_learning_rate("adamsrt", learning_rate)
+    return optax.chain(
+        _coupled_decay("adamsrt", weight_decay),
+        transport_moments(scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype), groups),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def sgdmrt(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+    dampening: jax.typing.ArrayLike = 0.0,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD-MRT: momentum SGD whose momentum is rescaled and transported.
+
+    ```
+    g = grad L(x) + weight_decay x
+    m = momentum m + (1 - dampening) g        x' = x - learning_rate m
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      momentum: Decay rate of the momentum, in [0, 1).
+      dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
+      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+        `optax.sgd`.
+      weight_decay: Factor of the coupled L2 term, for all leaves.
+      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.sgdmrt(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      -1.00
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+    check_learning_rate("sgdmrt", learning_rate)
+    check_number("sgdmrt", "momentum", momentum, below=1)
+    check_number("sgdmrt", "dampening", dampening, below=1)
+    dampened = not (isinstance(dampening, (int, float)) and dampening == 0)
+    return optax.chain(
+        _coupled_decay("sgdmrt", weight_decay),
+        optax.scale(1 - dampening) if dampened else optax.identity(),
+        transport_moments(optax.trace(momentum, accumulator_dtype=accumulator_dtype), groups),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamg(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamG: Adam on the unit sphere of each group.
+
+    ```
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) |g|^2
+    x' = (x - learning_rate mhat / (sqrt(vhat) + eps)) / |same|
+    ```
+
+    and m is transported from x to x'. The first step puts each group on its sphere.
+
+    Args:
+      learning_rate: A number or a schedule: the angle of a step, in radians, to first
+        order, where gradients agree.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+        `optax.adam`.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.adamg(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f} {jnp.linalg.norm(params):.2f}")
+      -1.00 1.00
+
+    References:
+      Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G), in
+      the form of the code of Roburin et al., Neurocomputing 2022.
+    """
+    check_learning_rate("adamg", learning_rate)
+    return optax.chain(
+        transport_moments(
+            scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype, sqrt_dim=False),
+            groups,
+            rescale=False,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+        retract(groups, radius=1.0),
+    )

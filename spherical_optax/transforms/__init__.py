@@ -1,0 +1,22 @@
+"""Optax transformations of radially invariant groups: project, scale, transport, retract.
+
+Each takes `groups` (see `spherical_optax.groups`), leaves other parameters alone, and
+ignores extra arguments. Per-group state is one value per group, kept on every leaf of
+a joint group; a leaf without a group keeps one zero there, so that every tree in the
+state has the structure of the parameters.
+"""
+
+from spherical_optax.transforms._adams import ScaleByAdamsState, scale_by_adams
+from spherical_optax.transforms._project import project_radial
+from spherical_optax.transforms._retract import RetractState, retract
+from spherical_optax.transforms._transport import TransportMomentsState, transport_moments
+
+__all__ = [
+    "RetractState",
+    "ScaleByAdamsState",
+    "TransportMomentsState",
+    "project_radial",
+    "retract",
+    "scale_by_adams",
+    "transport_moments",
+]

@@ -1,0 +1,144 @@
+"""Group moments: Adam's scaling with one second moment per group."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number
+from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax.transforms._units import per_leaf, present, state_like, zeros_per_group
+
+
+class ScaleByAdamsState(NamedTuple):
+    """State of `scale_by_adams`.
+
+    Attributes:
+      count: Number of updates so far.
+      mu: First moments, like the parameters.
+      nu: Second moments, one per group; like the parameter for a leaf with no group.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def scale_by_adams(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    sqrt_dim: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales updates as Adam does, with one second moment per group.
+
+    ```
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) |g|^2        (v: one per group)
+    sqrt(d) mhat / (sqrt(vhat) + eps)
+    ```
+
+    with d the entries per group and hats for Adam's bias corrections. A common scale
+    per group keeps the gradient's direction, which Adam deforms. Leaves without a
+    group get `optax.scale_by_adam`.
+
+    Args:
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See `spherical_optax.groups.Groups`.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      sqrt_dim: Whether to multiply by sqrt(d), which makes an entry's step as long as
+        Adam's; without it the group's step has Adam's length of one entry.
+
+    Returns:
+      A transformation with state `ScaleByAdamsState`.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> tx = so.scale_by_adams(groups=so.per_layer())
+      >>> params = jnp.ones(2)
+      >>> updates, state = tx.update(jnp.array([3., 4.]), tx.init(params))
+      >>> print(updates, state.nu.shape)
+      [0.84852815 1.1313709 ] ()
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022 (AdamS).
+    """
+    check_number("scale_by_adams", "b1", b1, below=1)
+    check_number("scale_by_adams", "b2", b2, below=1)
+    check_number("scale_by_adams", "eps", eps)
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+
+    def init(params: optax.Params) -> ScaleByAdamsState:
+        leaves = _trees.flatten(params)[0]
+        nu = zeros_per_group(radial_units(groups, params), leaves)
+        return ScaleByAdamsState(
+            count=jnp.zeros([], jnp.int32),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=state_like(params, nu, optax.tree.zeros_like),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByAdamsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdamsState]:
+        del params, extra_args
+        g, treedef = _trees.flatten(updates)
+        mu, mu_treedef = _trees.flatten(state.mu)
+        nu, nu_treedef = _trees.flatten(state.nu)
+        count = optax.safe_increment(state.count)
+        shapes = [jnp.shape(leaf) for leaf in g]
+        units = present(radial_units(groups, updates), g)
+
+        for unit in units:
+            grads = {i: geometry.wide(g[i]) for i in unit}
+            m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
+            v = nu[next(iter(unit))]
+            v = (1 - b2) * geometry.inner(grads, grads, unit).astype(v.dtype) + b2 * v
+            first, second = _bias_correction(b1, count, v), _bias_correction(b2, count, v)
+            size = group_size(unit, shapes) if sqrt_dim else 1
+            denominator = geometry.safe_sqrt(v / second) + eps
+            scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
+            for i, kept in per_leaf(v, unit, nu).items():
+                g[i], mu[i], nu[i] = scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept
+
+        grouped = {i for unit in units for i in unit}
+        rest = [i for i in range(len(g)) if i not in grouped and _is_inexact(g[i])]
+        taken = optax.ScaleByAdamState(state.count, [mu[i] for i in rest], [nu[i] for i in rest])
+        scaled, adam_state = adam.update([g[i] for i in rest], taken)
+        for i, s, m, v in zip(rest, scaled, adam_state.mu, adam_state.nu, strict=True):
+            g[i], mu[i], nu[i] = s.astype(g[i].dtype), m.astype(mu[i].dtype), v.astype(nu[i].dtype)
+        return treedef.unflatten(g), ScaleByAdamsState(
+            count, mu_treedef.unflatten(mu), nu_treedef.unflatten(nu)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    """Whether a gradient can be scaled: not `None`, integer or float0."""
+    return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _bias_correction(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+    """1 - decay^count, without cancellation."""
+    log: Any = -math.inf
+    if isinstance(decay, jax.Array):
+        log = jnp.log(decay)
+    elif decay > 0:
+        log = math.log(decay)
+    return -jnp.expm1(count.astype(like.dtype) * log).astype(like.dtype)

@@ -1,0 +1,60 @@
+"""Projection: updates without their radial part."""
+
+from typing import Any
+
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax.groups import Groups, radial_units
+from spherical_optax.transforms._units import pick, present, require_params
+
+
+def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
+    """Removes the radial part of each group's update.
+
+    ```
+    v - <v, u> u,  u = x / |x|        (v where |x| = 0)
+    ```
+
+    Args:
+      groups: See `spherical_optax.groups.Groups`.
+
+    Returns:
+      A stateless transformation; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> tx = optax.chain(so.project_radial(groups=so.per_layer()), optax.sgd(1.0))
+      >>> params = jnp.array([2., 0.])
+      >>> updates, _ = tx.update(jnp.array([1., 1.]), tx.init(params), params)
+      >>> updates
+      Array([-0., -1.], dtype=float32)
+
+    References:
+      Heo et al., AdamP, ICLR 2021, section 3.
+    """
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        radial_units(groups, params)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        require_params("project_radial", params)
+        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        for unit in present(radial_units(groups, params), v):
+            for i, leaf in geometry.project(pick(unit, v), pick(unit, x), unit).items():
+                v[i] = leaf
+        return treedef.unflatten(v), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,109 @@
+"""Retraction: steps that end on a sphere."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number
+from spherical_optax.groups import Groups, radial_units
+from spherical_optax.transforms._units import (
+    per_leaf,
+    pick,
+    present,
+    require_params,
+    state_like,
+    zero,
+    zeros_per_group,
+)
+
+
+class RetractState(NamedTuple):
+    """State of `retract(groups, radius="initial")`.
+
+    Attributes:
+      target_radius: |x| of each group at `init`.
+    """
+
+    target_radius: optax.Params
+
+
+def retract(
+    groups: Groups,
+    radius: jax.typing.ArrayLike | Literal["initial"] = "initial",
+    method: geometry.Retraction = "normalize",
+) -> optax.GradientTransformationExtraArgs:
+    """Makes each group's step end on a sphere; put it last in a chain.
+
+    ```
+    normalize:  x' = radius (x + v) / |x + v|
+    geodesic:   x' = radius (cos(a) u + sin(a) t / |t|),  t tangent part of v, a = |t| / |x|
+    ```
+
+    Args:
+      groups: See `spherical_optax.groups.Groups`.
+      radius: The sphere's radius, or `"initial"` for that of each group at `init`, which
+        is kept in the state so that repeated rounding does not drift. A group of norm
+        zero at `init` has no sphere, and steps freely.
+      method: `"normalize"`, or `"geodesic"` to follow the great circle.
+
+    Returns:
+      A transformation with state `RetractState`, or none for a numeric radius; `update`
+      needs params.
+
+    Raises:
+      TypeError, ValueError: If the radius is not positive or the method unknown; at
+        `init`, if `groups` does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> tx = optax.chain(optax.sgd(0.1), so.retract(groups=so.per_layer()))
+      >>> params = jnp.array([3., 4.])
+      >>> updates, _ = tx.update(jnp.array([5., 1.]), tx.init(params), params)
+      >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
+      Array(5., dtype=float32)
+    """
+    geometry.check_retraction(method)
+    initial = isinstance(radius, str)
+    if initial and radius != "initial":
+        raise ValueError(f'retract: expected radius as a number or "initial", found {radius!r}.')
+    if not initial:
+        check_number("retract", "radius", radius, above=0)
+
+    def init(params: optax.Params) -> RetractState | optax.EmptyState:
+        units, x = radial_units(groups, params), _trees.flatten(params)[0]
+        if not initial:
+            return optax.EmptyState()
+        zeros = zeros_per_group(units, x)
+        targets: dict[int, jax.Array] = {}
+        for unit in units:
+            r = geometry.norm(pick(unit, x), unit)
+            targets |= per_leaf(r, unit, zeros)
+        return RetractState(target_radius=state_like(params, targets, zero))
+
+    def update(
+        updates: optax.Updates,
+        state: RetractState | optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RetractState | optax.EmptyState]:
+        del extra_args
+        require_params("retract", params)
+        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        targets = _trees.flatten(state.target_radius)[0] if initial else None
+        for unit in present(radial_units(groups, params), v):
+            target = jnp.asarray(radius) if targets is None else targets[next(iter(unit))]
+            start = {i: geometry.wide(x[i]) for i in unit}
+            end = geometry.retract(start, pick(unit, v), unit, target, method)
+            for i, group in unit.items():
+                step = (end[i] - start[i]).astype(v[i].dtype)
+                if targets is not None:
+                    step = jnp.where(geometry.spread(target > 0, x[i], group), step, v[i])
+                v[i] = step
+        return treedef.unflatten(v), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

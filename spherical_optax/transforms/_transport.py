@@ -1,0 +1,230 @@
+"""Transport: moments carried along as their groups move."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax.transforms._units import (
+    Unit,
+    per_leaf,
+    pick,
+    require_params,
+    state_like,
+    zero,
+    zeros_per_group,
+)
+
+
+class TransportMomentsState(NamedTuple):
+    """State of `transport_moments`.
+
+    Attributes:
+      radius: |x| of each group at the last update, 0 before the first.
+      inner_state: The wrapped transformation's state; the first moments in it have no
+        radial part.
+    """
+
+    radius: optax.Params
+    inner_state: optax.OptState
+
+
+def transport_moments(
+    inner: optax.GradientTransformation,
+    groups: Groups,
+    *,
+    first_moments: tuple[str, ...] = ("mu", "trace"),
+    second_moments: tuple[str, ...] = ("nu",),
+    rescale: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Carries the moments of any transformation along as its groups move.
+
+    Before the inner update, with r the radius at the last update and x, r', u' = x / r'
+    those of now:
+
+    ```
+    t = m - <m, u'> u'        m <- (r / r') |m| t / |t|        v <- (r / r')^2 v
+    ```
+
+    After it the first moments' radial part is dropped. This is the transport along the
+    arc from the old direction to the new, and the rescaling that follows from gradients
+    being of degree -1 in the radius. It looks only at where the parameters are, so it is
+    right whatever moved them: schedules, decay, skipped steps, a restored checkpoint.
+
+    A group of one entry has no tangent space and a group of norm zero no direction:
+    their moments are left alone.
+
+    Args:
+      inner: The transformation whose moments are carried, for example
+        `optax.trace(0.9)`; chains and injected hyperparameters may be around it.
+      groups: See `spherical_optax.groups.Groups`.
+      first_moments: Fields of the inner state that hold first moments.
+      second_moments: Fields that hold second moments, per entry or per group.
+      rescale: Whether to multiply by the ratio of radii.
+
+    Returns:
+      A transformation with state `TransportMomentsState`; `update` needs params.
+
+    Raises:
+      TypeError: If the names are not a tuple of strings.
+      ValueError: At `init`, if none of the names is a field of the inner state, if a
+        moment has another shape than its parameter, or if `groups` does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> tx = so.transport_moments(optax.trace(decay=0.9), groups=so.per_layer())
+      >>> params = jnp.array([1., 0.])
+      >>> _, state = tx.update(jnp.array([0., 1.]), tx.init(params), params)
+      >>> params = jnp.array([0., 2.])  # turned by 90 degrees, and twice as long
+      >>> updates, state = tx.update(jnp.array([1., 0.]), state, params)
+      >>> updates
+      Array([1., 0.], dtype=float32)
+
+    References:
+      Roburin et al., Neurocomputing 2022 (the RT transformation of AdamSRT).
+    """
+    first_names = _names("first_moments", first_moments)
+    second_names = _names("second_moments", second_moments)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def movable(params: optax.Params, leaves: list[Any]) -> list[Unit]:
+        shapes = [jnp.shape(leaf) for leaf in leaves]
+        return [u for u in radial_units(groups, params) if group_size(u, shapes) > 1]
+
+    def init(params: optax.Params) -> TransportMomentsState:
+        inner_state = wrapped.init(params)
+        leaves = _trees.flatten(params)[0]
+        units = movable(params, leaves)
+        _check_moments(inner_state, params, units, first_names, second_names)
+        radius = state_like(params, zeros_per_group(units, leaves), zero)
+        return TransportMomentsState(radius=radius, inner_state=inner_state)
+
+    def update(
+        updates: optax.Updates,
+        state: TransportMomentsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TransportMomentsState]:
+        require_params("transport_moments", params)
+        x, _ = _trees.flatten(params)
+        radius, radius_treedef = _trees.flatten(state.radius)
+        first = _find_moments(state.inner_state, params, first_names)
+        second = _find_moments(state.inner_state, params, second_names)
+        units = movable(params, x)
+
+        kept, inner_treedef = _trees.flatten(state.inner_state)
+        for unit in units:
+            old, new = radius[next(iter(unit))], geometry.norm(pick(unit, x), unit)
+            moved = (old > 0) & (new > 0)
+            ratio = jnp.where(moved, old / jnp.where(moved, new, 1), 1)
+            if not rescale:
+                ratio = jnp.ones_like(ratio)
+            for field, part in _fields_of(unit, first, kept):
+                m = {i: kept[field[i]] for i in part}
+                carried = geometry.scale(ratio, geometry.transport(m, pick(part, x), part), part)
+                for i, group in part.items():
+                    here = geometry.spread(moved, x[i], group)
+                    kept[field[i]] = jnp.where(here, carried[i], m[i])
+            for field, part in _fields_of(unit, second, kept) if rescale else ():
+                for i, group in part.items():
+                    v = kept[field[i]]
+                    factor = (ratio**2).reshape(group.shape(x[i].shape))
+                    if v.shape == x[i].shape:
+                        factor = geometry.spread(factor, x[i], group)
+                    kept[field[i]] = (v * factor).astype(v.dtype)
+            for i, value in per_leaf(new, unit, radius).items():
+                radius[i] = value
+
+        updates, inner_state = wrapped.update(
+            updates, inner_treedef.unflatten(kept), params, **extra_args
+        )
+
+        kept, inner_treedef = _trees.flatten(inner_state)
+        for unit in units:
+            for field, part in _fields_of(unit, first, kept):
+                m = {i: kept[field[i]] for i in part}
+                for i, tangent in geometry.project(m, pick(part, x), part).items():
+                    kept[field[i]] = tangent
+        return updates, TransportMomentsState(
+            radius_treedef.unflatten(radius), inner_treedef.unflatten(kept)
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+Field = dict[int, int]
+"""A field of an inner state: from a parameter's number to its moment's."""
+
+
+def _names(argument: str, names: Any) -> frozenset[str]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"transport_moments: expected {argument} as a tuple of field names, found {names!r}; "
+            'write ("mu",) for one.'
+        )
+    return frozenset(names)
+
+
+def _find_moments(inner_state: Any, params: Any, names: frozenset[str]) -> list[Field]:
+    """The fields of the given names whose leaves stand at the parameters' paths."""
+    leaves = _trees.visible_leaves(params)
+    numbers = {leaf.keys: i for i, leaf in enumerate(leaves)}
+    fields: dict[tuple[str, ...], Field] = {}
+    kept = _trees.visible_leaves(inner_state)
+    for place, leaf in enumerate(kept):
+        for depth, key in enumerate(leaf.keys, start=1):
+            if key in names and leaf.keys[depth:] in numbers:
+                fields.setdefault(leaf.keys[:depth], {})[numbers[leaf.keys[depth:]]] = place
+                break
+    return list(fields.values())
+
+
+def _fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tuple[Field, Unit]]:
+    """The fields that hold moments of a unit, with the part of the unit they hold."""
+    for field in fields:
+        part = {i: g for i, g in unit.items() if i in field and kept[field[i]] is not None}
+        if part:
+            yield field, part
+
+
+def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tuple[str, ...]:
+    return next((keys[:n] for n in range(len(keys)) if keys[n:] in suffixes), keys)
+
+
+def _check_moments(
+    inner_state: Any,
+    params: Any,
+    units: list[Unit],
+    first_names: frozenset[str],
+    second_names: frozenset[str],
+) -> None:
+    leaves = _trees.visible_leaves(params)
+    kept = _trees.visible_leaves(inner_state)
+    first = _find_moments(inner_state, params, first_names)
+    second = _find_moments(inner_state, params, second_names)
+    if any(leaf.value is not None for leaf in leaves) and not first and not second:
+        paths = {leaf.keys for leaf in leaves}
+        found = {_without_suffix(leaf.keys, paths) for leaf in kept}
+        raise ValueError(
+            f"transport_moments: expected a field named {sorted(first_names | second_names)} in "
+            f"the inner state, found {sorted('/'.join(keys) for keys in found)}; name the moments "
+            "with first_moments=(...) and second_moments=(...)."
+        )
+    for fields, per_group in ((first, False), (second, True)):
+        for field in fields:
+            for i, group in ((i, g) for unit in units for i, g in unit.items() if i in field):
+                expected = [leaves[i].value.shape]
+                if per_group:
+                    expected.append(group.shape(leaves[i].value.shape))
+                moment = kept[field[i]]
+                if moment.value.shape not in expected:
+                    raise ValueError(
+                        f"transport_moments: {leaves[i].path} of shape {leaves[i].value.shape}: "
+                        f"expected its moment {moment.path} to have shape "
+                        f"{' or '.join(map(str, expected))}, found {moment.value.shape}."
+                    )
