@@ -408,14 +408,13 @@ def describe_groups(params: Any, groups: Groups) -> str:
     rows = [("path", "shape", "groups", "entries per group", "label")]
     rows += [(leaf.path, str(np.shape(leaf.value)), "-", "-", "-") for leaf in leaves]
     for unit in radial_units(groups, params):
-        shapes = {i: leaves[i].value.shape for i in unit}
+        values = {i: leaves[i].value for i in unit}
         for i, group in unit.items():
-            count = math.prod(group.shape(shapes[i]))
             rows[i + 1] = (
                 leaves[i].path,
-                str(shapes[i]),
-                str(count),
-                str(group_size(unit, shapes)),
+                str(values[i].shape),
+                str(math.prod(group.shape(values[i].shape))),
+                str(group_size(unit, values)),
                 group.joint or "-",
             )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -425,8 +424,9 @@ def describe_groups(params: Any, groups: Groups) -> str:
     )
 
 
-def group_size(unit: Mapping[int, RadialGroup], shapes: Any) -> int:
-    """Entries per group, all leaves of the unit together; shapes by leaf number."""
+def group_size(unit: Mapping[int, RadialGroup], leaves: Any) -> int:
+    """Entries per group, all leaves of the unit together; leaves by their number."""
     return sum(
-        math.prod(shapes[i]) // max(1, math.prod(g.shape(shapes[i]))) for i, g in unit.items()
+        math.prod(leaves[i].shape) // max(1, math.prod(group.shape(leaves[i].shape)))
+        for i, group in unit.items()
     )

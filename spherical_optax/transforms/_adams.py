@@ -101,7 +101,6 @@ def scale_by_adams(
         mu, mu_treedef = _trees.flatten(state.mu)
         nu, nu_treedef = _trees.flatten(state.nu)
         count = optax.safe_increment(state.count)
-        shapes = [jnp.shape(leaf) for leaf in g]
         units = present(radial_units(groups, updates), g)
 
         for unit in units:
@@ -110,7 +109,7 @@ def scale_by_adams(
             v = nu[next(iter(unit))]
             v = (1 - b2) * geometry.inner(grads, grads, unit).astype(v.dtype) + b2 * v
             first, second = _bias_correction(b1, count, v), _bias_correction(b2, count, v)
-            size = group_size(unit, shapes) if sqrt_dim else 1
+            size = group_size(unit, g) if sqrt_dim else 1
             denominator = geometry.safe_sqrt(v / second) + eps
             scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
             for i, kept in per_leaf(v, unit, nu).items():

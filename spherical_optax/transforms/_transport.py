@@ -93,8 +93,7 @@ def transport_moments(
     wrapped = optax.with_extra_args_support(inner)
 
     def movable(params: optax.Params, leaves: list[Any]) -> list[Unit]:
-        shapes = [jnp.shape(leaf) for leaf in leaves]
-        return [u for u in radial_units(groups, params) if group_size(u, shapes) > 1]
+        return [u for u in radial_units(groups, params) if group_size(u, leaves) > 1]
 
     def init(params: optax.Params) -> TransportMomentsState:
         inner_state = wrapped.init(params)

@@ -1,0 +1,36 @@
+"""One compilation cache for all sessions, warnings as errors, dtypes as fixtures."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+# Each worker writes to its own folder: JAX's cache files are not written atomically.
+CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
+jax.config.update(
+    "jax_compilation_cache_dir", str(CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main"))
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """64-bit types for float64, JAX's defaults otherwise."""
+    with jax.enable_x64(dtype == "float64"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    with precision("float64"):
+        yield
+
+
+@pytest.fixture(params=["bfloat16", "float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
+    with precision(request.param):
+        yield request.param

@@ -1,0 +1,50 @@
+"""The optimizers written again in float64 NumPy, one group a vector, in textbook form.
+
+Momentum is carried by the parallel transport along the great circle from the old point
+to the new one, which the library never forms: it knows only the new point.
+"""
+
+import numpy as np
+
+
+def parallel_transport(m: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Carries m, tangent at x, to y along the great circle of their directions."""
+    u, w = x / np.linalg.norm(x), y / np.linalg.norm(y)
+    return m - (m @ w) / (1 + u @ w) * (u + w)
+
+
+def tangent(m: np.ndarray, x: np.ndarray) -> np.ndarray:
+    u = x / np.linalg.norm(x)
+    return m - (m @ u) * u
+
+
+def adam_family(x, grads, *, lr, b1, b2, eps, weight_decay, transport, on_unit_sphere=False):
+    """AdamS; AdamSRT with `transport`; AdamG with `on_unit_sphere` too."""
+    m, v, path = np.zeros_like(x), 0.0, [x]
+    for t, g in enumerate(grads, start=1):
+        g = g + weight_decay * x
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * (g @ g)
+        step = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        new = x - lr * step * (1 if on_unit_sphere else np.sqrt(x.size))
+        if on_unit_sphere:
+            new = new / np.linalg.norm(new)
+        if transport:
+            ratio = 1 if on_unit_sphere else np.linalg.norm(x) / np.linalg.norm(new)
+            m = ratio * parallel_transport(tangent(m, x), x, new)
+            v = ratio**2 * v
+        x = new
+        path.append(x)
+    return np.stack(path)
+
+
+def sgdmrt(x, grads, *, lr, momentum, dampening, weight_decay):
+    m, path = np.zeros_like(x), [x]
+    for g in grads:
+        m = momentum * m + (1 - dampening) * (g + weight_decay * x)
+        new = x - lr * m
+        ratio = np.linalg.norm(x) / np.linalg.norm(new)
+        m = ratio * parallel_transport(tangent(m, x), x, new)
+        x = new
+        path.append(x)
+    return np.stack(path)

@@ -1,0 +1,46 @@
+"""Trajectories of the published PyTorch code, reproduced with jit."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import precision
+
+import spherical_optax as so
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "manifest.json").read_text())
+TOLERANCE = {"adams": 1e-12, "sgdmrt": 1e-12, "adamsrt": 1e-7, "adamg": 1e-7}
+
+
+def optimizer_of(case):
+    given = case["hyperparameters"]
+    axes = (0,) if case["optimizer"] == "adamg" else given.get("channel_dims")
+    every_entry = tuple(range(len(case["shape"])))
+    kwargs = {key: given[key] for key in ("momentum", "dampening", "weight_decay") if key in given}
+    if "betas" in given:
+        kwargs["b1"], kwargs["b2"] = given["betas"]
+    groups = so.RadialGroup(index_axes=every_entry if axes is None else axes)
+    return getattr(so, case["optimizer"])(given["lr"], groups=groups, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_published_trajectory(case, dtype):
+    with precision(dtype), np.load(GOLDEN / f"{case['name']}.npz") as golden:
+        tx = optimizer_of(case)
+        params = jnp.asarray(golden["x0"], dtype)
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        path = [params]
+        for grads in golden["grads"]:
+            updates, state = update(jnp.asarray(grads, dtype), state, params)
+            params = optax.apply_updates(params, updates)
+            path.append(params)
+        expected = golden["params"]
+        error = np.abs(np.stack(path) - expected).max() / np.abs(expected).max()
+        assert error <= (TOLERANCE[case["optimizer"]] if dtype == "float64" else 1e-5)

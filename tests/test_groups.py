@@ -1,0 +1,217 @@
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import spherical_optax as so
+from spherical_optax.groups import radial_units
+
+PARAMS = {
+    "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
+    "dense": {"kernel": jnp.ones((6, 5))},
+}
+FILTER, LAYER = so.per_filter(), so.per_layer()
+
+
+def table(groups, params=PARAMS):
+    return so.describe_groups(params, groups)
+
+
+@pytest.mark.parametrize(
+    ("group", "shape", "expected"),
+    [
+        (so.per_filter(), (3, 3, 2, 4), (4,)),
+        (so.per_layer(), (3, 3, 2, 4), ()),
+        (so.per_channel_block(2), (3, 3, 2, 4), (2,)),
+        (so.per_head(axis=1), (6, 3, 2), (3,)),
+        (so.RadialGroup(index_axes=(-1, 0)), (7, 3, 5), (7, 5)),
+        (so.RadialGroup(index_axes=(0, -1), num_blocks=2), (7, 3, 4), (7, 2)),
+        (so.RadialGroup(index_axes=(0, 1)), (2, 3), (2, 3)),
+        (so.RadialGroup(index_axes=[0]), (2, 3), (2,)),
+    ],
+)
+def test_per_group_shape(group, shape, expected):
+    assert group.shape(shape) == expected
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"conv": {"kernel": FILTER, "bias": None}, "dense": None},
+        {"conv": {"kernel": True, "bias": False}, "dense": {"kernel": None}},
+        so.groups_by_path({r"conv/kernel": FILTER}),
+        so.groups_by_path({r"dense": None, r"kernel": True}),
+        lambda params: jax.tree.map(lambda p: FILTER if p.ndim == 4 else None, params),
+        types.MappingProxyType({"conv": types.MappingProxyType({"kernel": True, "bias": None})}),
+    ],
+    ids=["prefix", "bools", "rules", "first rule wins", "callable", "other containers"],
+)
+def test_ways_to_say_the_same_groups(groups):
+    if isinstance(groups, types.MappingProxyType):
+        groups = {"conv": dict(groups["conv"]), "dense": None}
+    assert radial_units(groups, PARAMS) == [{1: FILTER}]
+
+
+def test_prefix_covers_a_subtree():
+    assert radial_units({"conv": True, "dense": LAYER}, PARAMS) == [
+        {0: FILTER},
+        {1: FILTER},
+        {2: LAYER},
+    ]
+    assert radial_units(None, PARAMS) == []
+
+
+def test_joint_label_makes_one_unit():
+    groups = {"conv": so.per_channel_block(2, joint="conv"), "dense": None}
+    assert radial_units(groups, PARAMS) == [{0: groups["conv"], 1: groups["conv"]}]
+
+
+def test_joint_label_expands_per_module():
+    params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"kernel": jnp.ones(4)}}
+    rules = so.groups_by_path({r"(.*)/(kernel|bias)": so.per_layer(joint=r"\1")})
+    units = radial_units(rules, params)
+    assert [sorted(unit) for unit in units] == [[0, 1], [2]]
+    assert [unit[max(unit)].joint for unit in units] == ["a", "b"]
+
+
+def test_none_and_masked_leaves_take_no_group():
+    params = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones((2, 3))}
+    assert radial_units({"a": True, "b": {"kernel": True}, "c": True}, params) == [{1: FILTER}]
+    assert radial_units(so.groups_by_path({"c": True, "b/kernel": True}), params) == [{1: FILTER}]
+
+
+@dataclasses.dataclass
+class Layer:
+    kernel: jax.Array
+
+
+jax.tree_util.register_dataclass(Layer)
+
+
+def test_paths_are_the_same_for_every_container():
+    rules = so.groups_by_path({r"^layers/0/kernel$": True})
+    leaf = jnp.ones((2, 3))
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    module = nnx.state(nnx.Dict(layers=nnx.List([model])), nnx.Param)
+    for params in (
+        {"layers": [{"kernel": leaf}]},
+        {"layers": ({"kernel": leaf},)},
+        {"layers": {0: Layer(leaf)}},
+    ):
+        assert radial_units(rules, params) == [{0: FILTER}]
+    assert radial_units(rules, module) == [{1: FILTER}]  # the bias comes first
+    assert radial_units(rules, nnx.as_pure(module)) == [{1: FILTER}]
+    assert radial_units({"layers": {0: {"kernel": True, "bias": None}}}, module) == [{1: FILTER}]
+    masked = jax.tree.map(lambda p: p.ndim > 1, module)
+    assert radial_units(masked, nnx.as_pure(module)) == [{1: FILTER}]
+
+
+def test_table():
+    groups = {"conv": so.per_channel_block(2, joint="conv"), "dense": None}
+    assert table(groups).splitlines() == [
+        "path          shape         groups  entries per group  label",
+        "conv/bias     (4,)          2       38                 conv",
+        "conv/kernel   (3, 3, 2, 4)  2       38                 conv",
+        "dense/kernel  (6, 5)        -       -                  -",
+    ]
+
+
+def test_shapes_alone_are_enough():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert radial_units({"conv": {"kernel": True, "bias": None}, "dense": None}, shapes) == [
+        {1: FILTER}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: so.RadialGroup(index_axes=-1), TypeError, r"index_axes as a tuple.*found -1"),
+        (lambda: so.RadialGroup(index_axes=(0.5,)), TypeError, r"integer index_axes.*0\.5"),
+        (lambda: so.RadialGroup(index_axes=(0, 0)), ValueError, r"repeats an axis: \(0, 0\)"),
+        (lambda: so.RadialGroup(num_blocks=0), ValueError, "at least 1, found 0"),
+        (lambda: so.RadialGroup(num_blocks=2.0), TypeError, r"integer num_blocks, found 2\.0"),
+        (lambda: so.RadialGroup((), num_blocks=2), ValueError, "index_axes is empty"),
+        (lambda: so.RadialGroup(joint=3), TypeError, "joint as a string, found 3"),
+        (lambda: so.groups_by_path({}), ValueError, "at least one rule"),
+        (lambda: so.groups_by_path({"(": True}), ValueError, r"'\(' is not a regular expression"),
+        (lambda: so.groups_by_path({1: True}), TypeError, "regular expressions as keys, found 1"),
+        (lambda: so.groups_by_path({"a": "filter"}), TypeError, "rule 'a', found 'filter'"),
+    ],
+)
+def test_bad_group(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (
+            {"conv": True, "dense": so.per_head(axis=2)},
+            ValueError,
+            r"dense/kernel of shape \(6, 5\): expected index_axes within .* 2 axes, found \(2,\)",
+        ),
+        (
+            {"conv": True, "dense": so.RadialGroup((1, -1))},
+            ValueError,
+            r"dense/kernel of shape \(6, 5\): expected distinct index_axes, found \(1, -1\)",
+        ),
+        (
+            {"conv": True, "dense": so.per_channel_block(3)},
+            ValueError,
+            r"dense/kernel of shape \(6, 5\): expected num_blocks to divide.*5, found num_blocks=3",
+        ),
+        (
+            {"conv": {"kernel": True}, "dense": None},
+            ValueError,
+            r"found nothing for conv/bias of shape \(4,\); put None there",
+        ),
+        (
+            {"conv": None, "dense": None, "head": True},
+            ValueError,
+            r"found \['head'\], which no parameter has.*conv/bias",
+        ),
+        (
+            {"conv": {"kernel": {"x": True}, "bias": None}, "dense": None},
+            ValueError,
+            "found nothing for conv/kernel",
+        ),
+        ({"conv": "filter", "dense": None}, TypeError, "at conv, found 'filter' of type str"),
+        (
+            so.groups_by_path({"kernel": True, "convv": True}),
+            ValueError,
+            r"no parameter path matches \['convv'\].*'conv/bias', 'conv/kernel', 'dense/kernel'",
+        ),
+        (
+            so.groups_by_path(
+                {"conv": so.per_channel_block(2, joint="j"), "dense": so.per_layer("j")}
+            ),
+            ValueError,
+            r"dense/kernel of shape \(6, 5\): joint label 'j' is shared with conv/bias of "
+            r"shape \(4,\), expected 2 groups as there, found 1",
+        ),
+    ],
+)
+def test_groups_that_do_not_fit(groups, error, message):
+    with pytest.raises(error, match=message):
+        so.project_radial(groups).init(PARAMS)
+
+
+@pytest.mark.parametrize("leaf", [jnp.arange(6).reshape(2, 3), jnp.ones((2, 3), jnp.complex64)])
+def test_leaf_that_is_not_real_floating(leaf):
+    message = rf"table of shape \(2, 3\): expected a real floating dtype .*, found {leaf.dtype}"
+    with pytest.raises(TypeError, match=message):
+        so.adamsrt(0.1, groups=True).init({"table": leaf})
+    with pytest.raises(TypeError, match=r"scale: expected an array .*, found 1\.0 of type float"):
+        so.adamsrt(0.1, groups=True).init({"scale": 1.0})
+
+
+def test_scan_stacked_axis_is_one_more_index_axis():
+    stacked = np.ones((3, 4, 5), np.float32)
+    assert so.RadialGroup(index_axes=(0, -1)).shape(stacked.shape) == (3, 5)
