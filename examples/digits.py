@@ -1,0 +1,280 @@
+"""Trains a small convolutional network on scikit-learn's digits with several optimizers.
+
+Every optimizer starts from the same weights and sees the same batches. The run prints a
+table of test accuracy and step time, and writes `results.json` and `curves.png`.
+
+    python examples/digits.py                                  # all six optimizers
+    python examples/digits.py --optimizer adamsrt adam --seeds 2
+    python examples/digits.py --optimizer adamsrt --learning-rate 0.1 --epochs 40
+    python examples/digits.py --help
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import statistics
+import time
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+import tyro
+from flax import nnx
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import spherical_optax as so
+
+Name: TypeAlias = Literal["adamsrt", "adams", "sgdmrt", "adam", "adamw", "sgd"]
+Dataset: TypeAlias = tuple[np.ndarray, np.ndarray]  # images (n, 8, 8, 1), labels (n,)
+Curves: TypeAlias = dict[str, np.ndarray]  # one value per epoch
+
+BATCH_SIZE = 128
+
+# BatchNorm follows each convolution, so multiplying a filter by a positive number does not
+# change the loss: each filter is a radially invariant group. No normalization follows the
+# linear layer: no rule matches it, and it has no group.
+GROUPS = so.groups_by_path({r"conv\d+/kernel": so.per_filter()})
+
+# Learning rates of a grid search on held-out parts of the training set: 3e-4, 1e-3, ..., 0.3
+# (ten times that for sgdmrt and sgd), 20 epochs, the best mean accuracy over ten seeds other
+# than those used here, each fold of a 5-fold cross-validation twice; ties by cross-entropy.
+OPTIMIZERS: dict[Name, tuple[Any, float]] = {
+    "adamsrt": (functools.partial(so.adamsrt, groups=GROUPS), 0.03),
+    "adams": (functools.partial(so.adams, groups=GROUPS), 0.01),
+    "sgdmrt": (functools.partial(so.sgdmrt, momentum=0.9, groups=GROUPS), 1.0),
+    "adam": (optax.adam, 0.03),
+    "adamw": (optax.adamw, 0.01),
+    "sgd": (functools.partial(optax.sgd, momentum=0.9), 0.3),
+}
+COLORS = ("#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73")  # Okabe and Ito's
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compares optimizers on 8x8 images of handwritten digits."""
+
+    optimizer: tuple[Name, ...] = get_args(Name)
+    """Optimizers to train with, one or several."""
+    learning_rate: float | None = None
+    """Initial learning rate, decayed to zero along a cosine. None: the one tuned for each
+    optimizer."""
+    epochs: int = 20
+    """Passes over the training set."""
+    seeds: int = 10
+    """Runs per optimizer; the seeds 0, 1, ... set the initial weights and the batches."""
+    out: pathlib.Path = pathlib.Path("out/digits")
+    """Directory for results.json and curves.png."""
+
+
+def check(config: Config) -> None:
+    """Exits with a message if a value is out of range or the directory cannot be made."""
+    rate = config.learning_rate
+    for option, value, expected, valid in (
+        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
+        ("--learning-rate", rate, "a positive number", rate is None or 0 < rate < math.inf),
+        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
+        ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
+    ):
+        if not valid:
+            raise SystemExit(f"digits.py: {option}: expected {expected}, found {value}")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"digits.py: --out: {error}") from None
+
+
+class Network(nnx.Module):
+    """Three convolutions, each with BatchNorm and ReLU, mean pooling and a linear layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        # BatchNorm subtracts the mean, and a bias with it: the convolutions have none.
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, rngs=rngs)
+        norm = functools.partial(nnx.BatchNorm, momentum=0.9, rngs=rngs)
+        self.conv1, self.norm1 = conv(1, 16), norm(16)
+        self.conv2, self.norm2 = conv(16, 32, strides=2), norm(32)
+        self.conv3, self.norm3 = conv(32, 32), norm(32)
+        self.linear = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.norm1(self.conv1(x)))
+        x = nnx.relu(self.norm2(self.conv2(x)))
+        x = nnx.relu(self.norm3(self.conv3(x)))
+        return self.linear(x.mean(axis=(1, 2)))
+
+    def kernels(self) -> list[jax.Array]:
+        return [conv.kernel[...] for conv in (self.conv1, self.conv2, self.conv3)]
+
+
+@nnx.jit
+def train_step(
+    model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
+) -> dict[str, jax.Array]:
+    """One step in place; returns the loss, and the filters' mean radius and angle travelled."""
+
+    def loss_fn(model: Network) -> jax.Array:
+        logits = model(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    before = model.kernels()
+    loss, grads = nnx.value_and_grad(loss_fn)(model)
+    optimizer.update(model, grads)
+    after = model.kernels()
+
+    filters = so.per_filter()
+    radii = [so.geometry.norm(x, filters) for x in after]
+    angles = [so.geometry.angle(x, y, filters) for x, y in zip(before, after, strict=True)]
+    return {
+        "loss": loss,
+        "radius": jnp.concatenate(radii).mean(),
+        "angle": jnp.concatenate(angles).mean(),
+    }
+
+
+@nnx.jit
+def predict(model: Network, images: jax.Array) -> jax.Array:
+    return model(images).argmax(axis=-1)
+
+
+def load() -> tuple[Dataset, Dataset]:
+    """The training and test set: one stratified split, whatever the seed."""
+    digits = load_digits()
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    x, x_test, y, y_test = train_test_split(
+        images, digits.target, test_size=0.25, stratify=digits.target, random_state=0
+    )
+    return (x, y), (x_test, y_test)
+
+
+def train(
+    tx: optax.GradientTransformation,
+    seed: int,
+    epochs: int,
+    data: tuple[Dataset, Dataset],
+    progress: tqdm.tqdm,
+) -> tuple[Curves, list[float]]:
+    """Trains one network; returns its curves and the time of each step in milliseconds.
+
+    Loss, radius and angle are means over an epoch's steps; the test accuracy is that after it.
+    """
+    (images, labels), (test_images, test_labels) = data
+    model = Network(nnx.Rngs(seed))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    # Traversing both objects at every call would take a third of the step's time.
+    step = nnx.cached_partial(train_step, model, optimizer)
+    rng = np.random.default_rng(seed)
+    history: list[dict[str, Any]] = []
+    times: list[float] = []
+    for _ in range(epochs):
+        order = rng.permutation(len(images))[: len(images) // BATCH_SIZE * BATCH_SIZE]
+        metrics = []
+        for batch in order.reshape(-1, BATCH_SIZE):
+            x, y = jnp.asarray(images[batch]), jnp.asarray(labels[batch])
+            start = time.perf_counter()
+            metrics.append(jax.block_until_ready(step(x, y)))
+            times.append(1e3 * (time.perf_counter() - start))
+        means = {key: np.mean([values[key] for values in metrics]) for key in metrics[0]}
+        model.eval()  # BatchNorm's running statistics
+        predictions = np.asarray(predict(model, jnp.asarray(test_images)))
+        model.train()
+        history.append(means | {"accuracy": (predictions == test_labels).mean()})
+        progress.update()
+    curves = {key: np.array([epoch[key] for epoch in history]) for key in history[0]}
+    return curves, times[1:]  # the first step may include the compilation
+
+
+def summarize(learning_rate: float, runs: list[Curves], times: list[float]) -> dict[str, Any]:
+    """One optimizer's results."""
+    accuracies = [float(run["accuracy"][-1]) for run in runs]
+    return {
+        "learning_rate": learning_rate,
+        "test_accuracy_mean": statistics.mean(accuracies),
+        "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "test_accuracy_per_seed": accuracies,
+        "step_ms": statistics.median(times),
+    }
+
+
+def print_table(results: dict[Name, dict[str, Any]]) -> None:
+    print("\noptimizer  learning rate  test accuracy (%)  step (ms)")
+    for name, row in results.items():
+        std = row["test_accuracy_std"]
+        spread = "" if std is None else f"± {100 * std:.2f}"
+        accuracy = f"{100 * row['test_accuracy_mean']:.2f} {spread:<6}"
+        print(f"{name:<9}  {row['learning_rate']:>13g}  {accuracy:>17}  {row['step_ms']:>9.2f}")
+    print("Mean ± sample standard deviation over seeds; median step, without compilation.")
+
+
+def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib.Path) -> None:
+    """Lines are means over the seeds; bands span the seeds' range."""
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    panels = {
+        "loss": "training loss (nats)",
+        "accuracy": "test accuracy (%)",
+        "radius": "mean radius of the filters",
+        "angle": "mean angle per step of the filters (rad)",
+    }
+    for ax, (key, label) in zip(axes.flat, panels.items(), strict=True):
+        ax.set_yscale("log" if key in ("loss", "angle") else "linear")
+        for name in runs:
+            values = np.stack([run[key] for run in runs[name]]) * (100 if key == "accuracy" else 1)
+            epochs = np.arange(1, values.shape[1] + 1)
+            style = "." if len(epochs) == 1 else "--" if name in ("adam", "adamw", "sgd") else "-"
+            color = COLORS[get_args(Name).index(name)]
+            ax.plot(epochs, values.mean(0), style, color=color, label=f"{name}, {rates[name]:g}")
+            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    # The second half of the epochs sets the scale: the first would flatten it.
+    late = [run["accuracy"][len(run["accuracy"]) // 2 :] for each in runs.values() for run in each]
+    axes[0, 1].set_ylim(100 * np.min(late) - 1, 100.5)
+    for ax in axes[1]:
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = "optimizer, initial learning rate"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+    figure.savefig(path, dpi=100)
+
+
+def main(config: Config) -> None:
+    check(config)
+    print(so.describe_groups(nnx.state(Network(nnx.Rngs(0)), nnx.Param), GROUPS), flush=True)
+
+    data = load()
+    steps = config.epochs * (len(data[0][0]) // BATCH_SIZE)
+    names = tuple(dict.fromkeys(config.optimizer))
+    rates = {name: config.learning_rate or OPTIMIZERS[name][1] for name in names}
+    # Shared by all seeds: a new transformation would be compiled again.
+    txs = {
+        name: OPTIMIZERS[name][0](optax.cosine_decay_schedule(rates[name], steps)) for name in names
+    }
+    runs: dict[Name, list[Curves]] = {name: [] for name in names}
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    with tqdm.tqdm(total=config.seeds * len(names) * config.epochs, unit="epoch") as progress:
+        for seed in range(config.seeds):
+            for name in names:  # innermost, so that the machine's load hits all alike
+                progress.set_description(f"seed {seed}, {name}")
+                curves, elapsed = train(txs[name], seed, config.epochs, data, progress)
+                runs[name].append(curves)
+                times[name] += elapsed
+
+    results = {name: summarize(rates[name], runs[name], times[name]) for name in names}
+    print_table(results)
+    settings = {"epochs": config.epochs, "seeds": config.seeds, "batch_size": BATCH_SIZE}
+    report = settings | {"device": jax.devices()[0].device_kind, "optimizers": results}
+    (config.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(runs, rates, config.out / "curves.png")
+    print(f"Wrote results.json and curves.png to {config.out}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

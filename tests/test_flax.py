@@ -1,0 +1,141 @@
+"""Training steps through Flax: NNX's optimizer, Linen's train state, boxes of metadata."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import spherical_optax as so
+
+GROUPS = so.groups_by_path({r"conv/kernel": so.per_filter(), r"dense/kernel": so.per_filter()})
+OPTIMIZERS = {
+    "adams": lambda: so.adams(1e-2, groups=GROUPS, weight_decay=1e-3),
+    "adamsrt": lambda: so.adamsrt(1e-2, groups=GROUPS, weight_decay=1e-3),
+    "sgdmrt": lambda: so.sgdmrt(1e-1, groups=GROUPS),
+    "adamg": lambda: so.adamg(1e-2, groups=GROUPS),
+    "retract": lambda: optax.chain(optax.adam(1e-2), so.retract(GROUPS)),
+}
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+        self.dense = nnx.Linear(4, 5, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x))).mean(axis=(1, 2))
+        return self.head(jnp.tanh(self.dense(x)))
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.LayerNorm(name="norm")(nn.Conv(4, (3, 3), use_bias=False, name="conv")(x)))
+        x = jnp.tanh(nn.Dense(5, use_bias=False, name="dense")(x.mean(axis=(1, 2))))
+        return nn.Dense(3, name="head")(x)
+
+
+def data():
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(8, 6, 6, 1)), jnp.float32)
+    return images, jnp.asarray(rng.integers(3, size=8))
+
+
+def loss_of(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nnx_and_linen_take_the_same_steps(name):
+    images, labels = data()
+    model = NnxModel(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, OPTIMIZERS[name](), wrt=nnx.Param)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = jax.tree.map(jnp.array, params)
+    state = TrainState.create(apply_fn=LinenModel().apply, params=params, tx=OPTIMIZERS[name]())
+
+    @nnx.jit
+    def nnx_step(model, optimizer):
+        grads = nnx.grad(lambda model: loss_of(model(images), labels))(model)
+        optimizer.update(model, grads)
+
+    @jax.jit
+    def linen_step(state):
+        grads = jax.grad(lambda p: loss_of(state.apply_fn({"params": p}, images), labels))(
+            state.params
+        )
+        return state.apply_gradients(grads=grads)
+
+    for _ in range(5):
+        nnx_step(model, optimizer)
+        state = linen_step(state)
+    expected = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert jax.tree.structure(expected) == jax.tree.structure(state.params)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_nnx_state_is_traced_once():
+    images, labels = data()
+    model = NnxModel(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, OPTIMIZERS["adamsrt"](), wrt=nnx.Param)
+    traces = 0
+
+    @nnx.jit
+    def step(model, optimizer):
+        nonlocal traces
+        traces += 1
+        grads = nnx.grad(lambda model: loss_of(model(images), labels))(model)
+        optimizer.update(model, grads)
+
+    for _ in range(3):
+        step(model, optimizer)
+    assert traces == 1
+
+
+def test_groups_of_an_nnx_state_are_described():
+    state = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
+    lines = so.describe_groups(state, GROUPS).splitlines()
+    assert lines[1].split() == ["conv/kernel", "(3,", "3,", "1,", "4)", "4", "9", "-"]
+    assert so.describe_groups(nnx.as_pure(state), GROUPS).splitlines() == lines
+
+
+def test_sharding_metadata_of_a_kernel_stays_off_the_reduced_state():
+    """NNX copies a variable's metadata onto the optimizer state made from it."""
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(4, 6, kernel_init=init, rngs=nnx.Rngs(0))
+        groups = so.groups_by_path({"kernel": so.per_filter()})
+        optimizer = nnx.Optimizer(model, so.adamsrt(0.1, groups=groups), wrt=nnx.Param)
+        before = np.array(model.kernel[...])
+        grads = nnx.grad(lambda model: model(jnp.ones((2, 4))).sum())(model)
+        optimizer.update(model, grads)
+    assert np.abs(model.kernel[...] - before).max() > 0
+
+
+def test_boxed_linen_parameters():
+    """`nn.with_partitioning` leaves boxes in the tree, in `init` and in `update`."""
+    box = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = nn.Dense(3, kernel_init=box)
+    boxed = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    plain = nn.unbox(boxed)
+    tx = so.adamsrt(0.1, groups=so.groups_by_path({"^kernel$": so.per_filter()}))
+
+    def step(params):
+        grads = jax.tree.map(jnp.cos, params)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = jax.jit(tx.update)(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    jax.tree.map(np.testing.assert_array_equal, nn.unbox(step(boxed)), step(plain))

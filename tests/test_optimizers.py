@@ -1,0 +1,322 @@
+"""The optimizers against NumPy, against optax, and against the laws of the sphere."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import spherical_optax as so
+from spherical_optax import geometry
+
+OPTIMIZERS = {"adams": so.adams, "adamsrt": so.adamsrt, "sgdmrt": so.sgdmrt, "adamg": so.adamg}
+
+
+def run(tx, params, grads):
+    state, path = tx.init(params), [params]
+    update = jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path
+
+
+# --- against the textbook formulas ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_float64_formula(name, x64):
+    """Random gradients, several groups; the reference transports exactly."""
+    rng = np.random.default_rng(0)
+    x, grads = rng.normal(size=(7, 3)), rng.normal(size=(20, 7, 3))
+    lr, decay = 0.02, 0.0 if name == "adamg" else 0.05
+    adam = {"lr": lr, "b1": 0.8, "b2": 0.95, "eps": 1e-8, "weight_decay": decay}
+    if name == "sgdmrt":
+        given = {"momentum": 0.8, "dampening": 0.3, "weight_decay": decay}
+        tx = so.sgdmrt(lr, groups=so.per_filter(), **given)
+        paths = [reference.sgdmrt(x[:, i], grads[:, :, i], lr=lr, **given) for i in range(3)]
+    else:
+        kwargs = {} if name == "adamg" else {"weight_decay": decay}
+        tx = OPTIMIZERS[name](lr, b1=0.8, b2=0.95, groups=so.per_filter(), **kwargs)
+        how = {"transport": name != "adams", "on_unit_sphere": name == "adamg"}
+        paths = [reference.adam_family(x[:, i], grads[:, :, i], **adam, **how) for i in range(3)]
+    path = run(tx, jnp.asarray(x), jnp.asarray(grads))
+    np.testing.assert_allclose(np.stack(path), np.stack(paths, axis=-1), rtol=1e-10, atol=1e-12)
+
+
+# --- against optax ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (so.adams(1e-2, groups=None), optax.adam(1e-2)),
+        (so.adamsrt(1e-2, groups=None), optax.adam(1e-2)),
+        (so.adamg(1e-2, b2=0.9, groups=None), optax.adam(1e-2, b2=0.9)),
+        (so.adams(1e-2, groups=None, mu_dtype="bfloat16"), optax.adam(1e-2, mu_dtype="bfloat16")),
+        (so.sgdmrt(1e-2, 0.8, groups=None), optax.sgd(1e-2, 0.8)),
+        (
+            so.adamsrt(optax.cosine_decay_schedule(0.1, 5), groups=None, weight_decay=0.1),
+            optax.chain(
+                optax.add_decayed_weights(0.1), optax.adam(optax.cosine_decay_schedule(0.1, 5))
+            ),
+        ),
+    ],
+    ids=["adams", "adamsrt", "adamg", "mu_dtype", "sgdmrt", "schedule and decay"],
+)
+def test_leaves_without_a_group_follow_optax_to_the_bit(ours, theirs, dtype):
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(8, 4)), dtype), "bias": jnp.zeros(4, dtype)}
+    grads = [
+        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), dtype), params)
+        for _ in range(6)
+    ]
+    for a, b in zip(run(ours, params, grads), run(theirs, params, grads), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_ungrouped_leaves_beside_grouped_ones_follow_adam_to_the_bit():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 2, 4), "head": (4, 3)}
+    make = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {key: make(shape) for key, shape in shapes.items()}
+    grads = [{key: make(shape) for key, shape in shapes.items()} for _ in range(4)]
+    ours = run(so.adamsrt(0.1, groups={"conv": True, "head": None}), params, grads)
+    adam = run(optax.adam(0.1), params["head"], [g["head"] for g in grads])
+    for a, b in zip(ours, adam, strict=True):
+        np.testing.assert_array_equal(a["head"], b)
+
+
+def test_optimizers_are_chains_of_the_public_transforms(x64):
+    rng = np.random.default_rng(0)
+    x, grads = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(6, 5, 3)))
+    groups = so.per_filter()
+    chain = optax.chain(
+        optax.add_decayed_weights(0.1),
+        so.transport_moments(so.scale_by_adams(b1=0.8, groups=groups), groups),
+        optax.scale_by_learning_rate(0.05),
+    )
+    optimizer = so.adamsrt(0.05, b1=0.8, groups=groups, weight_decay=0.1)
+    np.testing.assert_array_equal(run(chain, x, grads), run(optimizer, x, grads))
+
+
+# --- laws of radially invariant losses --------------------------------------------------
+
+
+def network_loss(params, seed):
+    """A random loss of a two-layer network whose kernels only matter by direction."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(16, 5)))
+    for name in ("first", "second"):
+        kernel = params[name]["kernel"] / jnp.linalg.norm(params[name]["kernel"], axis=0)
+        x = jnp.tanh(x @ kernel * params[name]["scale"] + params[name]["bias"])
+    return jnp.mean((x - jnp.asarray(rng.normal(size=(16, 4)))) ** 2)
+
+
+def network(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "kernel": jnp.asarray(rng.normal(size=shape)),
+            "scale": jnp.ones(shape[1]),
+            "bias": jnp.zeros(shape[1]),
+        }
+        for name, shape in {"first": (5, 6), "second": (6, 4)}.items()
+    }
+
+
+KERNELS = so.groups_by_path({"kernel": so.per_filter()})
+DIRECTIONS = {
+    # The chain before the learning rate, and the power of c that the rate of a group must
+    # be scaled by when its weights are scaled by c: gradients have degree -1.
+    "adamsrt": (
+        lambda: so.transport_moments(so.scale_by_adams(eps=0.0, groups=KERNELS), KERNELS),
+        1,
+    ),
+    "sgdmrt": (lambda: so.transport_moments(optax.trace(0.9), KERNELS), 2),
+    "adam without radial terms": (
+        lambda: so.transport_moments(optax.scale_by_adam(eps=0.0), KERNELS),
+        1,
+    ),
+}
+
+
+def train(tx, params, factors, power, steps, state=None):
+    """Steps with the learning rate of each kernel column times factor^power."""
+    state = tx.init(params) if state is None else state
+
+    @jax.jit
+    def step(params, state, seed_grads):
+        updates, state = tx.update(seed_grads, state, params)
+        for name, factor in factors.items():
+            updates[name]["kernel"] = updates[name]["kernel"] * factor**power
+        return jax.tree.map(lambda p, u: p - 0.02 * u, params, updates), state
+
+    path = []
+    for seed in steps:
+        params, state = step(params, state, jax.grad(network_loss)(params, seed))
+        path.append(params)
+    return path, state
+
+
+def scaled(params, factors):
+    return {
+        name: {**layer, "kernel": layer["kernel"] * factors[name]} for name, layer in params.items()
+    }
+
+
+def assert_same_directions(path, other):
+    for a, b in zip(path, other, strict=True):
+        for name in a:
+            u, v = (p[name]["kernel"] / np.linalg.norm(p[name]["kernel"], axis=0) for p in (a, b))
+            np.testing.assert_allclose(u, v, atol=1e-10)
+            np.testing.assert_allclose(a[name]["scale"], b[name]["scale"], atol=1e-10)
+
+
+ONES = {"first": np.ones(6), "second": np.ones(4)}
+FACTORS = {
+    "first": np.exp(np.random.default_rng(5).normal(size=6)),
+    "second": np.exp(np.random.default_rng(6).normal(size=4)),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_scaling_initial_weights_leaves_the_directions(name, x64):
+    make, power = DIRECTIONS[name]
+    path, _ = train(make(), network(), ONES, power, range(20))
+    other, _ = train(make(), scaled(network(), FACTORS), FACTORS, power, range(20))
+    assert_same_directions(path, other)
+    start, end = network()["first"]["kernel"], path[-1]["first"]["kernel"]
+    moved = geometry.angle(start, end, so.per_filter())
+    assert moved.max() > 0.05  # the law is about a trajectory that goes somewhere
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_scaling_weights_in_mid_training_leaves_the_directions(name, x64):
+    """What the rescaling is for: the moments follow when something moves the radius."""
+    make, power = DIRECTIONS[name]
+    first, state = train(make(), network(), ONES, power, range(10))
+    path, _ = train(make(), first[-1], ONES, power, range(10, 20), state)
+    other, _ = train(make(), scaled(first[-1], FACTORS), FACTORS, power, range(10, 20), state)
+    assert_same_directions(path, other)
+
+
+def test_without_transport_the_directions_change(x64):
+    """The law above can fail: AdamS keeps stale moments."""
+    tx = so.scale_by_adams(eps=0.0, groups=KERNELS)
+    first, state = train(tx, network(), ONES, 1, range(10))
+    path, _ = train(tx, first[-1], ONES, 1, range(10, 20), state)
+    other, _ = train(tx, scaled(first[-1], FACTORS), FACTORS, 1, range(10, 20), state)
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        assert_same_directions(path, other)
+
+
+def test_scan_stacked_layers_are_the_unstacked_ones(x64):
+    def layer(x, kernel):
+        return jnp.tanh(x @ (kernel / jnp.linalg.norm(kernel, axis=0))), None
+
+    rng = np.random.default_rng(0)
+    kernels = jnp.asarray(rng.normal(size=(3, 5, 5)))
+    x, y = jnp.asarray(rng.normal(size=(8, 5))), jnp.asarray(rng.normal(size=(8, 5)))
+
+    def stacked_loss(params):
+        return jnp.mean((jax.lax.scan(layer, x, params)[0] - y) ** 2)
+
+    def unstacked_loss(params):
+        hidden = x
+        for kernel in params:
+            hidden, _ = layer(hidden, kernel)
+        return jnp.mean((hidden - y) ** 2)
+
+    def fit(loss, params, group):
+        tx = so.adamsrt(0.1, groups=group)
+        state = tx.init(params)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(5):
+            params, state = step(params, state)
+        return params
+
+    stacked = fit(stacked_loss, kernels, so.RadialGroup(index_axes=(0, -1)))
+    unstacked = fit(unstacked_loss, list(kernels), so.per_filter())
+    np.testing.assert_allclose(stacked, jnp.stack(unstacked), rtol=1e-11)
+    wrong = fit(stacked_loss, kernels, so.per_filter())  # sums over the layers as well
+    assert np.abs(wrong - stacked).max() > 1e-3
+
+
+# --- the state's size -------------------------------------------------------------------
+
+
+def cifar_resnet18():
+    """The shapes of a CIFAR ResNet18: kernels, normalization scales and biases, head."""
+    shapes = {"stem": {"kernel": (3, 3, 3, 64), "scale": (64,), "bias": (64,)}}
+    width = 64
+    for stage, channels in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            for conv in range(2):
+                cin = width if conv == 0 else channels
+                norm = {"scale": (channels,), "bias": (channels,)}
+                name = f"stage{stage}_block{block}_conv{conv}"
+                shapes[name] = {"kernel": (3, 3, cin, channels), **norm}
+            if width != channels:
+                shapes[f"stage{stage}_shortcut"] = {"kernel": (1, 1, width, channels), **norm}
+            width = channels
+    shapes["head"] = {"kernel": (512, 10), "bias": (10,)}
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=is_shape)
+
+
+def bytes_of(tx, params):
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    assert all(leaf.size > 0 for leaf in leaves)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def test_state_is_half_of_adams():
+    params = cifar_resnet18()
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == 11_173_962
+    groups = so.groups_by_path({r"(stem|stage.*)/kernel": so.per_filter()})
+    ratio = bytes_of(so.adamsrt(0.1, groups=groups), params) / bytes_of(optax.adam(0.1), params)
+    assert ratio <= 0.52
+
+
+# --- bad input --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("adams", {"b1": 1.0}, r"scale_by_adams: expected b1 in \[0, 1\), found 1\.0"),
+        ("adamsrt", {"b2": 1.5}, r"scale_by_adams: expected b2 in \[0, 1\), found 1\.5"),
+        ("adamg", {"b1": -0.1}, r"expected b1 in \[0, 1\), found -0\.1"),
+        ("adams", {"eps": -1e-8}, r"expected eps in \[0, inf\), found -1e-08"),
+        ("sgdmrt", {"momentum": 1.0}, r"sgdmrt: expected momentum in \[0, 1\), found 1\.0"),
+        ("sgdmrt", {"dampening": -1.0}, r"sgdmrt: expected dampening in \[0, 1\), found -1\.0"),
+        ("adamsrt", {"weight_decay": -0.1}, r"adamsrt: expected weight_decay in \[0, inf\)"),
+        ("adams", {"learning_rate": -0.1}, r"adams: expected learning_rate in \[0, inf\)"),
+        ("adamg", {"learning_rate": float("nan")}, r"adamg: expected learning_rate .* found nan"),
+        ("adams", {"b2": jnp.asarray(0.999, "bfloat16")}, r"found 1\.0 \(bfloat16\)"),
+    ],
+)
+def test_numbers_out_of_range(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OPTIMIZERS[name](**{"learning_rate": 0.1, "groups": True, **kwargs})
+
+
+def test_a_schedule_where_a_number_is_due():
+    with pytest.raises(TypeError, match=r"expected b1 to be a number.*optax\.inject_hyperparams"):
+        so.adams(0.1, b1=lambda count: 0.9, groups=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_must_be_said(name):
+    with pytest.raises(TypeError, match="required keyword-only argument: 'groups'"):
+        OPTIMIZERS[name](0.1)

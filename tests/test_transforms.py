@@ -1,0 +1,313 @@
+"""What each transform does, against laws and hand-made references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import parallel_transport, tangent
+
+import spherical_optax as so
+from spherical_optax import geometry
+
+LAYER, FILTER = so.per_layer(), so.per_filter()
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def step(tx, grads, state, params):
+    updates, state = jax.jit(tx.update)(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+# --- project_radial ---------------------------------------------------------------------
+
+
+def test_projected_updates_are_tangent_jointly(x64):
+    groups = {"kernel": so.per_layer(joint="a"), "bias": so.per_layer(joint="a"), "rest": None}
+    params = {"kernel": normal(0, (3, 4)), "bias": normal(1, (4,)), "rest": normal(2, (2,))}
+    grads = jax.tree.map(lambda p: p + 1.0, params)
+    tx = so.project_radial(groups)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    joint = sum(jnp.vdot(updates[key], params[key]) for key in ("kernel", "bias"))
+    assert abs(joint) < 1e-13
+    assert abs(jnp.vdot(updates["bias"], params["bias"])) > 1e-3  # only the sum vanishes
+    np.testing.assert_array_equal(updates["rest"], grads["rest"])
+
+
+# --- transport_moments ------------------------------------------------------------------
+
+
+def test_momentum_stays_tangent_at_every_step(x64):
+    tx = optax.chain(
+        so.transport_moments(optax.trace(0.9), groups=FILTER), optax.scale_by_learning_rate(0.5)
+    )
+    params, state = normal(0, (5, 3)), tx.init(normal(0, (5, 3)))
+    for seed in range(30):
+        start = params
+        grads = normal(seed + 1, (5, 3)) + 0.3 * start  # with a radial part, as L2 gives
+        params, state = step(tx, grads, state, start)
+        trace = optax.tree.get(state, "trace")
+        radial = geometry.inner(trace, start, FILTER) / geometry.norm(start, FILTER)
+        assert np.all(np.abs(radial) <= 1e-12 * geometry.norm(trace, FILTER))
+
+
+def test_the_carried_momentum_is_rescaled_parallel_transport(x64):
+    tx = so.transport_moments(optax.trace(0.5), groups=LAYER)
+    x, g = normal(0, (6,)), normal(1, (6,))
+    _, state = tx.update(g, tx.init(x), x)
+    y = 1.7 * (x - 0.4 * tangent(g, x))
+    carried, _ = tx.update(jnp.zeros(6), state, y)
+    ratio = np.linalg.norm(x) / np.linalg.norm(y)
+    expected = 0.5 * ratio * parallel_transport(tangent(g, x), x, y)
+    np.testing.assert_allclose(carried, expected, rtol=1e-12)
+
+
+def test_second_moments_are_rescaled(x64):
+    x, g = normal(0, (4, 3)), normal(1, (4, 3))
+    for inner in (optax.scale_by_adam(b2=0.9), so.scale_by_adams(b2=0.9, groups=FILTER)):
+        tx = so.transport_moments(inner, groups=FILTER)
+        _, state = tx.update(g, tx.init(x), x)
+        before = optax.tree.get(state, "nu")
+        _, state = tx.update(jnp.zeros_like(g), state, 2 * x)
+        np.testing.assert_allclose(optax.tree.get(state, "nu"), 0.9 * before / 4, rtol=1e-12)
+
+
+def test_without_rescaling_lengths_are_kept(x64):
+    tx = so.transport_moments(optax.scale_by_adam(b1=0.5), groups=FILTER, rescale=False)
+    x, g = normal(0, (4, 3)), normal(1, (4, 3))
+    _, state = tx.update(geometry.project(g, x, FILTER), tx.init(x), x)
+    mu, nu = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+    _, state = tx.update(jnp.zeros_like(g), state, 3 * x + g)
+    after = geometry.norm(optax.tree.get(state, "mu"), FILTER)
+    np.testing.assert_allclose(after, 0.5 * geometry.norm(mu, FILTER), rtol=1e-12)
+    np.testing.assert_allclose(optax.tree.get(state, "nu"), 0.999 * nu, rtol=1e-12)
+
+
+def test_joint_leaves_move_as_one_vector(x64):
+    """A kernel and a bias with one label behave as the row-stacked matrix does."""
+    kernel, bias = normal(0, (3, 4)), normal(1, (4,))
+    for group in (so.per_layer, lambda joint=None: so.per_channel_block(2, joint)):
+        joint = so.adamsrt(0.1, groups=group("dense"), weight_decay=0.1)
+        whole = so.adamsrt(0.1, groups=group(), weight_decay=0.1)
+        params, stacked = {"kernel": kernel, "bias": bias}, jnp.vstack([kernel, bias])
+        state, stacked_state = joint.init(params), whole.init(stacked)
+        for seed in range(5):
+            grads = normal(seed, (4, 4))
+            params, state = step(joint, {"kernel": grads[:3], "bias": grads[3]}, state, params)
+            stacked, stacked_state = step(whole, grads, stacked_state, stacked)
+        result = jnp.vstack([params["kernel"], params["bias"]])
+        np.testing.assert_allclose(result, stacked, rtol=1e-12)
+
+
+def test_blocks_move_as_separate_layers(x64):
+    kernel = normal(0, (3, 6))
+    blocks = so.adamsrt(0.1, groups=so.per_channel_block(2))
+    layers = so.adamsrt(0.1, groups=LAYER)
+    params, parts = kernel, {"a": kernel[:, :3], "b": kernel[:, 3:]}
+    state, parts_state = blocks.init(params), layers.init(parts)
+    for seed in range(5):
+        grads = normal(seed, (3, 6))
+        params, state = step(blocks, grads, state, params)
+        parts, parts_state = step(
+            layers, {"a": grads[:, :3], "b": grads[:, 3:]}, parts_state, parts
+        )
+    np.testing.assert_allclose(params, jnp.hstack([parts["a"], parts["b"]]), rtol=1e-12)
+
+
+def test_moments_are_found_by_path_not_by_name_alone(x64):
+    """Parameters may themselves be called mu or nu."""
+    groups = {"mu": {"kernel": FILTER}, "nu": FILTER}
+    params = {"mu": {"kernel": normal(0, (4, 3))}, "nu": normal(1, (4, 3))}
+    renamed = {"a": {"kernel": params["mu"]["kernel"]}, "b": params["nu"]}
+    tx = so.transport_moments(optax.scale_by_adam(), groups)
+    other = so.transport_moments(optax.scale_by_adam(), {"a": FILTER, "b": FILTER})
+    state, other_state = tx.init(params), other.init(renamed)
+    for seed in range(3):
+        g, h = normal(seed, (4, 3)), normal(seed + 9, (4, 3))
+        params, state = step(tx, {"mu": {"kernel": g}, "nu": h}, state, params)
+        renamed, other_state = step(other, {"a": {"kernel": g}, "b": h}, other_state, renamed)
+    np.testing.assert_array_equal(params["mu"]["kernel"], renamed["a"]["kernel"])
+    np.testing.assert_array_equal(params["nu"], renamed["b"])
+
+
+def test_only_part_of_the_tree_may_have_moments(x64):
+    inner = optax.masked(optax.trace(0.5), {"a": True, "b": False})
+    tx = so.transport_moments(inner, groups={"a": FILTER, "b": FILTER})
+    alone = so.transport_moments(optax.trace(0.5), groups=FILTER)
+    params = {"a": normal(0, (3, 2)), "b": normal(1, (3, 2))}
+    state, alone_state = tx.init(params), alone.init(params["a"])
+    for seed in range(3):
+        g = normal(seed, (3, 2))
+        updates, state = tx.update({"a": g, "b": g}, state, params)
+        expected, alone_state = alone.update(g, alone_state, params["a"])
+        np.testing.assert_array_equal(updates["a"], expected)
+        np.testing.assert_array_equal(updates["b"], g)
+        params = optax.apply_updates(params, updates)
+
+
+def test_a_group_that_leaves_zero_becomes_ordinary(x64):
+    """At norm zero the moments are left alone, also on the first step away from it."""
+    tx = so.transport_moments(optax.trace(0.5), groups=LAYER)
+    zero, g = jnp.zeros(3), normal(0, (3,))
+    _, state = tx.update(g, tx.init(zero), zero)
+    updates, state = tx.update(jnp.zeros(3), state, -0.1 * g)
+    np.testing.assert_allclose(updates, 0.5 * g)
+    np.testing.assert_allclose(optax.tree.get(state, "trace"), 0, atol=1e-15)  # all radial
+    assert optax.tree.get(state, "radius") == pytest.approx(0.1 * np.linalg.norm(g))
+
+
+def test_single_entries_have_no_tangent_space(x64):
+    """Entry by entry AdamSRT is Adam, as in the published code."""
+    x = normal(0, (4, 3))
+    ours = so.adamsrt(0.1, groups=so.RadialGroup(index_axes=(0, 1)))
+    params, state = x, ours.init(x)
+    adam_params, adam_state = x, optax.adam(0.1).init(x)
+    for seed in range(5):
+        params, state = step(ours, normal(seed, (4, 3)), state, params)
+        adam_params, adam_state = step(
+            optax.adam(0.1), normal(seed, (4, 3)), adam_state, adam_params
+        )
+    np.testing.assert_allclose(params, adam_params, rtol=1e-12)
+
+
+def test_no_copy_of_the_parameters_is_kept():
+    tx = so.transport_moments(optax.trace(0.9), groups=FILTER)
+    state = tx.init({"kernel": jnp.ones((50, 4)), "bias": None})
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(state))
+    assert sizes == [4, 200]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: optax.scale(-1.0),
+            ValueError,
+            r"\['mu', 'nu', 'trace'\] in the inner .*found \[\]",
+        ),
+        (lambda: optax.ema(0.9), ValueError, r"the inner state, found \['count', 'ema'\]"),
+        (
+            lambda: optax.chain(optax.scale(1.0), optax.ema(0.9)),
+            ValueError,
+            r"found \['1/count', '1/ema'\]; name the moments with first_moments",
+        ),
+    ],
+)
+def test_no_moment_found(make, error, message):
+    tx = so.transport_moments(make(), groups=FILTER)
+    with pytest.raises(error, match=message):
+        tx.init({"kernel": jnp.ones((3, 2))})
+
+
+def test_moments_under_other_names(x64):
+    """`optax.ema` keeps the same average under another name."""
+    tx = so.transport_moments(
+        optax.ema(0.9, debias=False), FILTER, first_moments=("ema",), second_moments=()
+    )
+    same = so.transport_moments(optax.trace(0.9), FILTER)
+    x, g = normal(0, (4, 3)), normal(1, (4, 3))
+    _, state = tx.update(g, tx.init(x), x)
+    _, same_state = same.update(g, same.init(x), x)
+    result, _ = tx.update(g, state, x + g)
+    expected, _ = same.update(g, same_state, x + g)
+    np.testing.assert_allclose(result, 0.1 * expected, rtol=1e-12)
+
+
+def test_bad_names_of_moments():
+    with pytest.raises(TypeError, match=r"first_moments as a tuple of field names, found 'mu'"):
+        so.transport_moments(optax.trace(0.9), FILTER, first_moments="mu")
+    tx = so.transport_moments(so.scale_by_adams(groups=FILTER), FILTER, first_moments=("nu",))
+    message = r"kernel of shape \(3, 2\): expected its moment nu/kernel to have shape \(3, 2\), "
+    with pytest.raises(ValueError, match=message + r"found \(2,\)"):
+        tx.init({"kernel": jnp.ones((3, 2))})
+
+
+# --- scale_by_adams ---------------------------------------------------------------------
+
+
+def test_one_second_moment_per_group():
+    params = {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)}
+    tx = so.scale_by_adams(groups={"kernel": FILTER, "bias": None}, mu_dtype="bfloat16")
+    state = jax.eval_shape(tx.init, params)
+    assert state.nu["kernel"].shape == (4,)
+    assert state.nu["bias"].shape == (4,)
+    assert state.mu["kernel"].shape == (3, 3, 2, 4)
+    assert state.mu["kernel"].dtype == jnp.bfloat16
+
+
+def test_the_first_step_keeps_the_direction_and_has_adams_length(x64):
+    g = normal(0, (5, 3))
+    for sqrt_dim, length in ((True, np.sqrt(5)), (False, 1.0)):
+        tx = so.scale_by_adams(groups=FILTER, eps=0.0, sqrt_dim=sqrt_dim)
+        updates, _ = tx.update(g, tx.init(g))
+        expected = geometry.scale(length / geometry.norm(g, FILTER), g, FILTER)
+        np.testing.assert_allclose(updates, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bias_correction_is_accurate_in_low_precision(dtype):
+    """A constant gradient makes every update the same, from the first step on."""
+    g = jnp.full((4,), 0.25, dtype)
+    tx = so.scale_by_adams(groups=LAYER, eps=0.0)
+    state = tx.init(g)
+    for _ in range(5):
+        updates, state = tx.update(g, state)
+        np.testing.assert_allclose(np.asarray(updates, np.float64), 1, rtol=4e-3)
+        if dtype == "float32":
+            np.testing.assert_allclose(updates, 1, rtol=1e-6)
+
+
+# --- retract ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["normalize", "geodesic"])
+@pytest.mark.parametrize("radius", [2.5, "initial"])
+def test_every_step_ends_on_the_sphere(method, radius, dtype):
+    tx = so.retract(FILTER, radius=radius, method=method)
+    params = normal(0, (6, 3)).astype(dtype)
+    state = tx.init(params)
+    target = geometry.norm(params, FILTER) if radius == "initial" else 2.5
+    for seed in range(5):
+        params, state = step(tx, 0.1 * normal(seed, (6, 3)).astype(dtype), state, params)
+        tolerance = {"bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-14}[dtype]
+        np.testing.assert_allclose(geometry.norm(params, FILTER), target, rtol=tolerance)
+
+
+def test_repeated_rounding_does_not_drift():
+    tx = so.retract(LAYER)
+    params = jnp.asarray(np.random.default_rng(0).normal(size=256), "bfloat16")
+    target, state = geometry.norm(params, LAYER), tx.init(params)
+
+    def body(params, key):
+        updates = (0.01 * jax.random.normal(key, (256,))).astype("bfloat16")
+        updates, _ = tx.update(updates, state, params)
+        return optax.apply_updates(params, updates), None
+
+    params, _ = jax.lax.scan(body, params, jax.random.split(jax.random.key(0), 2000))
+    np.testing.assert_allclose(geometry.norm(params, LAYER), target, rtol=1e-3)
+
+
+def test_a_group_of_initial_radius_zero_steps_freely():
+    tx = so.retract(FILTER)
+    params = jnp.array([[1.0, 0.0], [0.0, 0.0]])
+    updates, _ = tx.update(jnp.ones((2, 2)), tx.init(params), params)
+    np.testing.assert_array_equal(updates[:, 1], jnp.ones(2))
+    assert geometry.norm(params + updates, FILTER)[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"radius": 0.0}, ValueError, r"radius in \(0, inf\), found 0\.0"),
+        ({"radius": -1.0}, ValueError, r"radius in \(0, inf\), found -1\.0"),
+        ({"radius": float("nan")}, ValueError, r"radius in \(0, inf\), found nan"),
+        ({"radius": "first"}, ValueError, "a number or \"initial\", found 'first'"),
+        ({"method": "cayley"}, ValueError, r"\['normalize', 'geodesic'\], found 'cayley'"),
+    ],
+)
+def test_bad_retraction(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        so.retract(FILTER, **kwargs)
