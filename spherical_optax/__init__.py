@@ -1,7 +1,10 @@
 """Optimizers on the sphere for radially invariant weights, as Optax transformations."""
 
 from spherical_optax import geometry
+from spherical_optax.detection import check_radial_groups, find_radial_groups
 from spherical_optax.groups import (
+    Finding,
+    FoundGroups,
     RadialGroup,
     describe_groups,
     groups_by_path,
@@ -24,6 +27,8 @@ from spherical_optax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Finding",
+    "FoundGroups",
     "RadialGroup",
     "RetractState",
     "ScaleByAdamsState",
@@ -31,7 +36,9 @@ __all__ = [
     "adamg",
     "adams",
     "adamsrt",
+    "check_radial_groups",
     "describe_groups",
+    "find_radial_groups",
     "geometry",
     "groups_by_path",
     "per_channel_block",

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -333,6 +333,40 @@ def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup
     return group
 
 
+class Finding(NamedTuple):
+    """What `find_radial_groups` measured for one leaf.
+
+    Attributes:
+      path: The leaf's path.
+      tried: Each candidate tried, in words, and the deviation measured for it: 0 for
+        groups that are exactly invariant, of order 1 for groups that are not.
+      verdict: What follows, in words.
+    """
+
+    path: str
+    tried: tuple[tuple[str, float], ...]
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundGroups:
+    """Groups with the evidence for them; accepted wherever `groups` is.
+
+    Attributes:
+      groups: A tree like the parameters, of `RadialGroup` and `None`.
+      findings: One `Finding` per leaf, in the tree's order.
+      invariant_up_to: The largest deviation of a group found, 0 if none was.
+      others_from: The smallest deviation of a candidate turned down; infinite if none was.
+      forward_passes: What it cost, a gradient counted as three forward passes.
+    """
+
+    groups: Any
+    findings: tuple[Finding, ...]
+    invariant_up_to: float
+    others_from: float
+    forward_passes: int
+
+
 def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     """Resolves `groups` on a tree into the sets of leaves that form groups together.
 
@@ -354,6 +388,8 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
         return []
     if callable(groups):
         groups = groups(tree)
+    if isinstance(groups, FoundGroups):
+        groups = groups.groups
     by = _by_rules if isinstance(groups, PathRules) else _by_prefix
     found = [_checked(leaf, group) for leaf, group in zip(leaves, by(groups, leaves), strict=True)]
     return _units(
@@ -392,7 +428,8 @@ def describe_groups(params: Any, groups: Groups) -> str:
 
     Returns:
       One line per leaf. Entries count all leaves of a joint group together; a dash
-      stands for a leaf without a group.
+      stands for a leaf without a group. For what `find_radial_groups(..., explain=True)`
+      returns, also the verdict on each leaf and the deviations measured.
 
     Raises:
       TypeError, ValueError: If `groups` does not fit `params`.
@@ -405,19 +442,27 @@ def describe_groups(params: Any, groups: Groups) -> str:
       kernel  (5, 8)  8       5                  -
     """
     leaves = _trees.visible_leaves(params)
-    rows = [("path", "shape", "groups", "entries per group", "label")]
-    rows += [(leaf.path, str(np.shape(leaf.value)), "-", "-", "-") for leaf in leaves]
+    rows = [[leaf.path, str(np.shape(leaf.value)), "-", "-", "-"] for leaf in leaves]
     for unit in radial_units(groups, params):
         values = {i: leaves[i].value for i in unit}
         for i, group in unit.items():
-            rows[i + 1] = (
-                leaves[i].path,
-                str(values[i].shape),
-                str(math.prod(group.shape(values[i].shape))),
-                str(group_size(unit, values)),
-                group.joint or "-",
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+            count = math.prod(group.shape(values[i].shape))
+            rows[i][2:] = [str(count), str(group_size(unit, values)), group.joint or "-"]
+    header = ["path", "shape", "groups", "entries per group", "label"]
+    if not isinstance(groups, FoundGroups):
+        return _table([header, *rows])
+    header += ["verdict", "deviations"]
+    for row, finding in zip(rows, groups.findings, strict=True):
+        tried = ", ".join(f"{name} {deviation:.0e}" for name, deviation in finding.tried)
+        row += [finding.verdict, tried or "-"]
+    return (
+        f"{_table([header, *rows])}\ninvariant up to {groups.invariant_up_to:.0e}, others from "
+        f"{groups.others_from:.0e}; {groups.forward_passes} forward passes"
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows

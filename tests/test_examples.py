@@ -1,4 +1,4 @@
-"""The demo's program, in a short run and with bad options."""
+"""The examples' programs, in short runs and with bad options."""
 
 import json
 import pathlib
@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-PROGRAM = pathlib.Path(__file__).parent.parent / "examples" / "digits.py"
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-def run(*options):
-    command = [sys.executable, str(PROGRAM), *options]
+def run(*options, program="digits.py"):
+    command = [sys.executable, str(EXAMPLES / program), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -28,6 +28,31 @@ def test_short_run(tmp_path):
         assert len(row["test_accuracy_per_seed"]) == 2
         assert f"{name:<9}  {row['learning_rate']:>13g}" in result.stdout
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_found_groups_train_as_the_rules_do(tmp_path):
+    common = ["--optimizer", "adamsrt", "--epochs", "2", "--seeds", "1", "--out", str(tmp_path)]
+    accuracies = []
+    for groups in ("rules", "auto"):
+        result = run(*common, "--groups", groups)
+        assert result.returncode == 0, result.stderr
+        report = json.loads((tmp_path / "results.json").read_text())
+        accuracies.append(report["optimizers"]["adamsrt"]["test_accuracy_per_seed"])
+    assert accuracies[0] == accuracies[1]
+    assert "forward passes" in result.stdout
+
+
+@pytest.mark.slow
+def test_find_groups():
+    result = run(program="find_groups.py")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert sum("  invariant  " in line for line in lines) == 20 + 4  # convolutions; queries, keys
+    assert sum("jointly invariant" in line for line in lines) == 4
+    for line in (line for line in lines if line.startswith("loss of five steps")):
+        losses = [float(number) for number in line.split(": ")[1].split()]
+        assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,526 @@
+"""Every leaf of the usual architectures, right; and bad input, clear."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import precision
+from flax import nnx
+
+import spherical_optax as so
+from spherical_optax import _trees, geometry
+from spherical_optax.groups import radial_units
+
+FILTER, LAYER = so.per_filter(), so.per_layer()
+KEY = jax.random.key(0)
+IMAGES = jax.random.normal(KEY, (4, 8, 8, 3))
+VECTORS = jax.random.normal(KEY, (8, 6))
+SEQUENCES = jax.random.normal(KEY, (3, 5, 8))
+TOKENS = jax.random.randint(KEY, (4, 6), 0, 20)
+
+
+def linen(module, x, **kwargs):
+    """A Linen module's forward pass in training mode, its parameters and its input."""
+    variables = module.init(KEY, x)
+    stats = {key: value for key, value in variables.items() if key != "params"}
+
+    def fn(params, x):
+        return module.apply({"params": params, **stats}, x, mutable=list(stats))[0]
+
+    return fn, variables["params"], x, kwargs
+
+
+def nnx_model(model, x):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def fn(params, rest, x):
+        return nnx.merge(graphdef, params, rest)(x)
+
+    return functools.partial(_call, fn, rest), params, x, {}
+
+
+def _call(fn, rest, params, x):
+    return fn(params, jax.tree.map(lambda a: a, rest), x)
+
+
+BatchNorm = functools.partial(nn.BatchNorm, use_running_average=False)
+
+
+class ResNet(nn.Module):
+    """BatchNorm, zero-initialised last scales, a depthwise convolution, a shortcut."""
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(nn.Conv, use_bias=False)
+        x = nn.relu(BatchNorm()(conv(8, (3, 3), name="stem")(x)))
+        for block, width in enumerate((8, 12)):
+            y = nn.relu(BatchNorm()(conv(width, (1, 1), name=f"wide{block}")(x)))
+            depthwise = conv(width, (3, 3), feature_group_count=width, name=f"deep{block}")
+            y = BatchNorm(scale_init=nn.initializers.zeros)(depthwise(y))
+            if y.shape != x.shape:
+                x = BatchNorm()(conv(width, (1, 1), name=f"shortcut{block}")(x))
+            x = nn.relu(x + y)
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class ConvNet(nn.Module):
+    norm: str
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        make = {
+            "batch": BatchNorm,
+            "instance": nn.InstanceNorm,
+            "group": functools.partial(nn.GroupNorm, 4),
+            "none": lambda: lambda x: x,
+        }[self.norm]
+        for layer in range(2):
+            x = nn.Conv(8, (3, 3), use_bias=self.bias, name=f"conv{layer}")(x)
+            x = nn.relu(make()(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+class MLP(nn.Module):
+    norm: type
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for layer, width in enumerate((16, 12)):
+            x = nn.gelu(self.norm()(nn.Dense(width, use_bias=self.bias, name=f"fc{layer}")(x)))
+        return nn.Dense(3, name="head")(x)
+
+
+class WeightNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(nn.relu(nn.WeightNorm(nn.Dense(8, name="v"))(x)))
+
+
+class Embedded(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(3, name="head")(nn.LayerNorm()(nn.Embed(20, 8, name="embed")(tokens)))
+
+
+class Transformer(nn.Module):
+    normalize: bool
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        attention = nn.MultiHeadDotProductAttention(
+            num_heads=2,
+            qkv_features=12,
+            out_features=8,
+            normalize_qk=self.normalize,
+            use_bias=self.bias,
+            name="attention",
+        )
+        x = x + attention(nn.LayerNorm()(x))
+        x = x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(16, name="up")(nn.LayerNorm()(x))))
+        return nn.Dense(3, name="head")(nn.LayerNorm()(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(8, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)])
+        self.layer_norm = nnx.LayerNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.conv(x))).mean((1, 2))
+        return self.layers[1](nnx.relu(self.layer_norm(self.layers[0](x))))
+
+
+def batch_norm(x):
+    return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
+
+
+def rms_norm(x):
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def zeros(**shapes):
+    return {name: jnp.zeros(shape) for name, shape in shapes.items()}
+
+
+def stacked(params, x):
+    def layer(x, p):
+        y = batch_norm(x @ p["batch"]["kernel"] + p["batch"]["bias"])
+        return x + jnp.tanh(rms_norm(y @ p["rms"]["kernel"] + p["rms"]["bias"])), None
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def stacked_group_norm(params, x):
+    def layer(x, kernel):
+        y = (x @ kernel).reshape(*x.shape[:-1], 3, 2)
+        return x + jnp.tanh(rms_norm(y).reshape(x.shape)), None
+
+    return jax.lax.scan(layer, x, params["kernel"])[0]
+
+
+def experts(params, x):
+    gates = jax.nn.softmax(x @ params["router"])
+    hidden = jax.nn.gelu(rms_norm(jnp.einsum("bd,edh->beh", x, params["up"])))
+    return jnp.einsum("be,beh,ehd->bd", gates, hidden, params["down"])
+
+
+def residual(params, x):
+    return batch_norm(x + x @ params["kernel"])
+
+
+JOINT_BLOCKS = so.per_channel_block(4, joint="*")
+JOINT_LAYER = so.per_layer(joint="*")
+HEADS = {"query/kernel": so.per_head(1), "key/kernel": so.per_head(1)}
+JOINT_HEADS = {
+    f"attention/{name}/{leaf}": so.RadialGroup(index_axes=(axis,), joint="*")
+    for name in ("query", "key")
+    for leaf, axis in (("kernel", 1), ("bias", 0))
+}
+
+MODELS = {
+    "resnet": (
+        lambda: linen(ResNet(), IMAGES),
+        {f"{name}/kernel": FILTER for name in ("stem", "wide0", "wide1", "deep0", "deep1")}
+        | {"shortcut1/kernel": FILTER},
+    ),
+    "bias before BatchNorm": (
+        lambda: linen(ConvNet("batch"), IMAGES),
+        {"conv0/kernel": FILTER, "conv1/kernel": FILTER},
+    ),
+    "constant images": (
+        lambda: linen(ConvNet("batch"), jnp.ones((4, 8, 8, 3))),
+        {"conv0/kernel": FILTER, "conv1/kernel": FILTER},
+    ),
+    "BatchNorm with a large epsilon": (
+        lambda: linen(BatchNormed(1e-3), VECTORS),
+        {"hidden/kernel": FILTER},
+    ),
+    "InstanceNorm": (
+        lambda: linen(ConvNet("instance"), IMAGES),
+        {"conv0/kernel": FILTER, "conv1/kernel": FILTER},
+    ),
+    "GroupNorm": (
+        lambda: linen(ConvNet("group", bias=False), IMAGES),
+        {"conv0/kernel": so.per_channel_block(4), "conv1/kernel": so.per_channel_block(4)},
+    ),
+    "GroupNorm with bias": (
+        lambda: linen(ConvNet("group"), IMAGES),
+        {f"conv{i}/{leaf}": JOINT_BLOCKS for i in (0, 1) for leaf in ("kernel", "bias")},
+    ),
+    "LayerNorm": (
+        lambda: linen(MLP(nn.LayerNorm, bias=False), VECTORS),
+        {"fc0/kernel": LAYER, "fc1/kernel": LAYER},
+    ),
+    "LayerNorm with bias": (
+        lambda: linen(MLP(nn.LayerNorm, bias=True), VECTORS),
+        {f"fc{i}/{leaf}": JOINT_LAYER for i in (0, 1) for leaf in ("kernel", "bias")},
+    ),
+    "RMSNorm": (
+        lambda: linen(MLP(nn.RMSNorm, bias=False), VECTORS),
+        {"fc0/kernel": LAYER, "fc1/kernel": LAYER},
+    ),
+    "RMSNorm with bias": (
+        lambda: linen(MLP(nn.RMSNorm, bias=True), VECTORS),
+        {f"fc{i}/{leaf}": JOINT_LAYER for i in (0, 1) for leaf in ("kernel", "bias")},
+    ),
+    "WeightNorm": (lambda: linen(WeightNormed(), VECTORS), {"v/kernel": FILTER}),
+    "embedding into LayerNorm": (
+        lambda: linen(Embedded(), TOKENS),
+        {"embed/embedding": so.RadialGroup(index_axes=(0,))},
+    ),
+    "QK-norm": (
+        lambda: linen(Transformer(normalize=True, bias=False), SEQUENCES),
+        {f"attention/{path}": group for path, group in HEADS.items()},
+    ),
+    "QK-norm with bias": (
+        lambda: linen(Transformer(normalize=True, bias=True), SEQUENCES),
+        JOINT_HEADS,
+    ),
+    "attention without QK-norm": (
+        lambda: linen(Transformer(normalize=False, bias=True), SEQUENCES),
+        {},
+    ),
+    "stacked by scan": (
+        lambda: (
+            stacked,
+            {
+                "batch": zeros(kernel=(3, 6, 7), bias=(3, 7)),
+                "rms": zeros(kernel=(3, 7, 6), bias=(3, 6)),
+            },
+            VECTORS,
+            {},
+        ),
+        {
+            "batch/kernel": so.RadialGroup(index_axes=(0, -1)),
+            "rms/kernel": so.RadialGroup(index_axes=(0,), joint="*"),
+            "rms/bias": so.RadialGroup(index_axes=(0,), joint="*"),
+        },
+    ),
+    "stacked GroupNorm": (
+        lambda: (stacked_group_norm, zeros(kernel=(4, 6, 6)), VECTORS, {}),
+        {"kernel": so.RadialGroup(index_axes=(0, -1), num_blocks=3)},
+    ),
+    "mixture of experts": (
+        lambda: (experts, zeros(router=(6, 4), up=(4, 6, 16), down=(4, 16, 6)), VECTORS, {}),
+        {"up": so.RadialGroup(index_axes=(0,))},
+    ),
+    "residual before the norm": (lambda: (residual, zeros(kernel=(6, 6)), VECTORS, {}), {}),
+    "no norm": (lambda: linen(ConvNet("none"), IMAGES), {}),
+    "scales and biases if asked": (
+        lambda: linen(ConvNet("batch"), IMAGES, vectors=True),
+        {
+            "conv0/kernel": FILTER,
+            "conv1/kernel": FILTER,
+            "BatchNorm_0/scale": JOINT_LAYER,
+            "BatchNorm_0/bias": JOINT_LAYER,
+        },
+    ),
+    "NNX": (
+        lambda: nnx_model(Nnx(nnx.Rngs(0)), IMAGES),
+        {"conv/kernel": FILTER, "layers/0/kernel": JOINT_LAYER, "layers/0/bias": JOINT_LAYER},
+    ),
+    "integers among the leaves": (
+        lambda: (
+            lambda p, x: batch_norm(x @ p["kernel"])[:, p["order"]] @ p["head"],
+            zeros(kernel=(6, 4), head=(4, 2)) | {"order": jnp.array([2, 0, 1, 3])},
+            VECTORS,
+            {},
+        ),
+        {"kernel": FILTER},
+    ),
+}
+
+
+class BatchNormed(nn.Module):
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        x = BatchNorm(epsilon=self.epsilon)(nn.Dense(8, name="hidden")(x))
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+def without_labels(groups, params):
+    """Path to group, the joint label as a star; and which paths share a label."""
+    leaves = _trees.visible_leaves(params)
+    plain, joint = {}, {}
+    for unit in radial_units(groups, params):
+        for i, group in unit.items():
+            label = None if group.joint is None else "*"
+            plain[leaves[i].path] = so.RadialGroup(group.index_axes, group.num_blocks, label)
+            if group.joint is not None:
+                joint.setdefault(group.joint, set()).add(leaves[i].path)
+    return plain, list(joint.values())
+
+
+@pytest.mark.filterwarnings("ignore:scatter inputs")  # NNX's statistics stay float32
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_leaf_is_right(name, dtype):
+    with precision(dtype):
+        make, expected = MODELS[name]
+        fn, params, x, kwargs = make()
+        if dtype == "float64":
+            cast = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+            params, x = jax.tree.map(cast, (params, x))
+        found = so.find_radial_groups(fn, params, x, explain=True, **kwargs)
+        groups, joint = without_labels(found, params)
+        assert groups == expected
+        assert all(len({path.rsplit("/", 1)[0] for path in paths}) == 1 for paths in joint)
+        # The gap is orders of magnitude; epsilon, not rounding, makes float64 no better.
+        assert found.invariant_up_to < 3e-3
+        assert found.others_from > 0.05
+        assert found.forward_passes == 15
+        so.check_radial_groups(fn, params, found, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_a_random_loss_are_orthogonal(dtype):
+    """The other way round, at a point where epsilon is out of the way."""
+    with precision(dtype):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), dtype)
+
+        def fn(params, x):
+            x = x @ params["batch"]["kernel"]
+            x = jnp.tanh((x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-12))
+            x = x @ params["rms"]["kernel"] + params["rms"]["bias"]
+            return jnp.tanh(x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-12)) ** 2
+
+        rng = np.random.default_rng(1)
+        make = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+        params = {"batch": {"kernel": make(6, 8)}, "rms": {"kernel": make(8, 5), "bias": make(5)}}
+        groups = so.find_radial_groups(fn, params, x)
+        grads = jax.grad(lambda p: jnp.vdot(make(16, 5), fn(p, x)))(params)
+        x_leaves, g_leaves = jax.tree.leaves(params), jax.tree.leaves(grads)
+        units = radial_units(groups, params)
+        assert sum(len(unit) for unit in units) == 3
+        for unit in units:
+            g, p = ({i: leaves[i] for i in unit} for leaves in (g_leaves, x_leaves))
+            size = geometry.norm(g, unit) * geometry.norm(p, unit)
+            bound = 1e-4 if dtype == "float32" else 1e-9
+            assert np.all(np.abs(geometry.inner(g, p, unit)) <= bound * size)
+
+
+def test_found_groups_train():
+    fn, params, x, _ = MODELS["GroupNorm with bias"][0]()
+    tx = so.adamsrt(0.01, groups=so.find_radial_groups(fn, params, x))
+    state = tx.init(params)
+    grads = jax.grad(lambda p: (fn(p, x) ** 2).sum())(params)
+    updates, state = tx.update(grads, state, params)
+    assert state[1].radius["conv0"]["kernel"].shape == (4,)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def test_the_callers_parameters_are_only_read():
+    fn, params, x, _ = MODELS["LayerNorm"][0]()
+    before = jax.tree.map(np.array, params)
+    so.find_radial_groups(fn, params, x)
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+    shapes = jax.eval_shape(lambda: params)
+    assert so.find_radial_groups(fn, shapes, x) == so.find_radial_groups(fn, params, x)
+
+
+def test_one_compilation(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(jax, "jit", lambda f, jit=jax.jit, **kw: compiled.append(f) or jit(f, **kw))
+    fn, params, x, _ = MODELS["LayerNorm"][0]()
+    so.find_radial_groups(fn, params, x)
+    assert [f.__name__ for f in compiled] == ["evaluate"]
+
+
+def test_table_of_the_evidence():
+    fn, params, x, _ = MODELS["bias before BatchNorm"][0]()
+    found = so.find_radial_groups(fn, params, x, explain=True)
+    table = so.describe_groups(params, found).splitlines()
+    assert table[0].split()[-2:] == ["verdict", "deviations"]
+    rows = {line.split()[0]: line for line in table[1:-1]}
+    assert "no effect on the outputs" in rows["conv0/bias"]
+    assert "invariant" in rows["conv0/kernel"]
+    assert "axis 3 " in rows["conv0/kernel"]
+    assert "not invariant" in rows["head/kernel"]
+    assert "15 forward passes" in table[-1]
+
+
+def test_unclear_leaves_are_named_and_get_no_group():
+    """A small part of the input beside the kernel's: nearly invariant, and not quite."""
+
+    def fn(params, x):
+        return rms_norm(x @ params["kernel"] + 0.03 * x)
+
+    with pytest.warns(UserWarning, match=r"found ones between for \['kernel \(whole .*no group"):
+        groups = so.find_radial_groups(fn, zeros(kernel=(6, 6)), VECTORS)
+    assert groups == {"kernel": None}
+
+
+def test_a_stopped_gradient_does_not_pass_for_no_effect():
+    def fn(params, x):
+        y = batch_norm(x @ params["kernel"])
+        return y + x @ jax.lax.stop_gradient(params["frozen"])
+
+    params = zeros(kernel=(6, 6), frozen=(6, 6))
+    found = so.find_radial_groups(fn, params, VECTORS, explain=True)
+    verdicts = {finding.path: finding.verdict for finding in found.findings}
+    assert verdicts["frozen"] == "not invariant: no gradient, but an effect on the outputs"
+    assert found.groups == {"kernel": FILTER, "frozen": None}
+
+
+# --- check_radial_groups ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "message"),
+    [
+        (
+            "bias before BatchNorm",
+            {"head/kernel": FILTER, "conv": FILTER},
+            r"(?s)3 of 5 groups.*conv0/bias of shape \(8,\): expected an invariant group, found no "
+            r"effect.*head/kernel of shape \(8, 3\): .*a deviation of .*; no group found is",
+        ),
+        (
+            "bias before BatchNorm",
+            {"conv0/kernel": LAYER},
+            r"conv0/kernel of shape \(3, 3, 3, 8\): expected the finest invariant groups, found "
+            r"RadialGroup\(index_axes=\(\)\); finer and invariant is .*index_axes=\(-1,\)",
+        ),
+        (
+            "LayerNorm with bias",
+            {"fc0/kernel": LAYER},
+            r"fc0/kernel of shape \(6, 16\): expected an invariant group, found a deviation of .* "
+            r"for RadialGroup\(index_axes=\(\)\); invariant is .*joint='fc0'",
+        ),
+        (
+            "GroupNorm",
+            {"conv0/kernel": so.per_channel_block(2)},
+            r"finer and invariant is RadialGroup\(index_axes=\(-1,\), num_blocks=4\)",
+        ),
+        (
+            "QK-norm",
+            {"query/kernel": FILTER},
+            r"attention/query/kernel of shape \(8, 2, 6\).*invariant is .*index_axes=\(1,\)",
+        ),
+    ],
+)
+def test_wrong_masks_are_refused(name, groups, message):
+    fn, params, x, _ = MODELS[name][0]()
+    with pytest.raises(ValueError, match=message):
+        so.check_radial_groups(fn, params, so.groups_by_path(groups), x)
+
+
+# --- bad input --------------------------------------------------------------------------
+
+COUNTER = itertools.count()
+
+
+@pytest.mark.parametrize(
+    ("fn", "params", "error", "message"),
+    [
+        (lambda p, x: x @ p["k"] * jnp.nan, zeros(k=(6, 2)), ValueError, "finite outputs of fn"),
+        (lambda p, x: None, zeros(k=(6, 2)), ValueError, "found no floating array"),
+        (lambda p, x: (x @ p["k"]).argmax(), zeros(k=(6, 2)), ValueError, "no floating array"),
+        (
+            lambda p, x: (
+                jax.random.bernoulli(jax.random.key(next(COUNTER)), shape=(6,)) * x @ p["k"]
+            ),
+            zeros(k=(6, 2)),
+            ValueError,
+            "two calls of fn differ; turn dropout off, or give it a fixed key",
+        ),
+        (
+            lambda p, x: x @ p["k"] * np.random.default_rng(next(COUNTER)).normal(size=2),
+            zeros(k=(6, 2)),
+            ValueError,
+            "two calls of fn differ",
+        ),
+        (
+            lambda p, x, train: x @ p["k"],
+            zeros(k=(6, 2)),
+            TypeError,
+            r"called with params and 1 further arguments and raised: .*'train'.*Pass what fn needs",
+        ),
+        (
+            lambda p, x: x,
+            {"k": jnp.arange(3)},
+            ValueError,
+            r"floating leaves, found \[\('k', 'int32",
+        ),
+        (lambda p, x: x, {}, ValueError, r"expected parameters with floating leaves, found \[\]"),
+    ],
+)
+def test_bad_forward_pass(fn, params, error, message):
+    with pytest.raises(error, match=message):
+        so.find_radial_groups(fn, params, VECTORS)
+
+
+def test_nnx_variables_mutated_from_outside():
+    graphdef, params, rest = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
+    with pytest.raises(ValueError, match=r"mutates variables made outside.*copy=True"):
+        so.find_radial_groups(lambda p, x: nnx.merge(graphdef, p, rest)(x), params, IMAGES)
