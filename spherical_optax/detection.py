@@ -62,13 +62,16 @@ class _Experiment(NamedTuple):
         """The largest deviation over the draws."""
         return max(_deviation(products, unit) for products in self.products)
 
-    def effect(self, i: int) -> float:
-        """How much a leaf matters to the outputs, relative to the leaf that matters most."""
-        return max(
-            float(np.linalg.norm(products[i]))
-            / max(max(float(np.linalg.norm(p)) for p in products.values()), 1e-300)
-            for products in self.products
-        )
+    def effects(self) -> dict[int, float]:
+        """How much each leaf matters to the outputs, relative to the one that matters most."""
+        sizes = [
+            {i: float(np.linalg.norm(p)) for i, p in products.items()} for products in self.products
+        ]
+        largest = [max(each.values()) or 1.0 for each in sizes]
+        return {
+            i: max(each[i] / most for each, most in zip(sizes, largest, strict=True))
+            for i in sizes[0]
+        }
 
 
 def find_radial_groups(
@@ -292,14 +295,18 @@ def _experiment(who: str, fn: Callable[..., Any], params: Any, args: Sequence[An
         rng = np.random.default_rng(number)
         return [_generic(value, rng) for value in values]
 
-    _check_runs(who, fn, forward, draw(0), args)
-    evaluations = [evaluate(draw(number), jax.random.key(number)) for number in range(DRAWS)]
+    first = draw(0)
+    _check_runs(who, forward, first, len(args))
+    again, _ = evaluate(first, jax.random.key(0))
+    evaluations = [evaluate(first, jax.random.key(0))]
+    del first
+    evaluations += [evaluate(draw(number), jax.random.key(number)) for number in range(1, DRAWS)]
     outputs = [np.asarray(output, np.float64) for output in evaluations[0][0]]
     if not all(np.isfinite(each).all() for outs, _ in evaluations for each in outs):
         raise ValueError(
             f"{who}: expected finite outputs of fn, found NaN or infinity at random parameters."
         )
-    _check_same(who, _change(outputs, evaluate(draw(0), jax.random.key(0))[0]))
+    _check_same(who, _change(outputs, again))
     products = [{i: np.asarray(p) for i, p in each.items()} for _, each in evaluations]
     coarsest = max(float(jnp.finfo(values[i].dtype).eps) for i in floating)
     thresholds = _Thresholds(max(3e-3, 4 * coarsest), max(3e-2, 16 * coarsest))
@@ -323,7 +330,8 @@ def _generic(value: Any, rng: np.random.Generator) -> Any:
     sizes = [size for size in shape if size > 1]
     if len(sizes) > 1:
         scale = 2 / math.sqrt(math.prod(sizes) / max(sizes))
-        return jnp.asarray(scale * rng.standard_normal(shape, np.float32), value.dtype)
+        uniform = rng.random(shape, np.float32) - np.float32(0.5)
+        return jnp.asarray(np.float32(math.sqrt(12) * scale) * uniform, value.dtype)
     # A vector keeps its signs: it may be the argument of a root or a logarithm. What is
     # zero, as biases are, stays smaller, for fewer dead units.
     size, sign = rng.uniform(0.5, 1.5, shape), rng.choice([-1.0, 1.0], size=shape)
@@ -343,11 +351,7 @@ def _generic_input(arg: Any, rng: np.random.Generator) -> Any:
 
 
 def _check_runs(
-    who: str,
-    fn: Callable[..., Any],
-    forward: Callable[[list[Any]], list[jax.Array]],
-    point: list[Any],
-    args: Sequence[Any],
+    who: str, forward: Callable[[list[Any]], list[jax.Array]], point: list[Any], further: int
 ) -> None:
     """Traces the forward pass twice: it must run, return something, and be the same."""
     try:
@@ -355,7 +359,7 @@ def _check_runs(
         traces = [jax.make_jaxpr(lambda point: forward(point))(point) for _ in range(2)]
     except TypeError as error:
         raise TypeError(
-            f"{who}: fn(params, *args) was called with params and {len(args)} further arguments "
+            f"{who}: fn(params, *args) was called with params and {further} further arguments "
             f"and raised: {error}. Pass what fn needs after params, or bind it: "
             "lambda params, x: model.apply({'params': params}, x, train=True)."
         ) from error
@@ -429,9 +433,9 @@ def _search(experiment: _Experiment, vectors: bool) -> tuple[list[Unit], Tried, 
     verdicts: dict[int, str] = {}
     units: list[Unit] = []
     open_leaves = []
-    for i in experiment.products[0]:
+    for i, effect in experiment.effects().items():
         tried[i] = []
-        if experiment.effect(i) < NO_EFFECT:
+        if effect < NO_EFFECT:
             verdicts[i] = "no effect on the outputs"
             continue
         open_leaves.append(i)

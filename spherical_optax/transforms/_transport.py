@@ -124,11 +124,12 @@ def transport_moments(
             if not rescale:
                 ratio = jnp.ones_like(ratio)
             for field, part in _fields_of(unit, first, kept):
-                m = {i: kept[field[i]] for i in part}
+                m = {i: geometry.wide(kept[field[i]]) for i in part}
                 carried = geometry.scale(ratio, geometry.transport(m, pick(part, x), part), part)
                 for i, group in part.items():
                     here = geometry.spread(moved, x[i], group)
-                    kept[field[i]] = jnp.where(here, carried[i], m[i])
+                    moment = jnp.where(here, carried[i], m[i])
+                    kept[field[i]] = moment.astype(kept[field[i]].dtype)
             for field, part in _fields_of(unit, second, kept) if rescale else ():
                 for i, group in part.items():
                     v = kept[field[i]]
