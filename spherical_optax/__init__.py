@@ -5,6 +5,7 @@ from spherical_optax.detection import check_radial_groups, find_radial_groups
 from spherical_optax.groups import (
     Finding,
     FoundGroups,
+    Groups,
     RadialGroup,
     describe_groups,
     groups_by_path,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Finding",
     "FoundGroups",
+    "Groups",
     "RadialGroup",
     "RetractState",
     "ScaleByAdamsState",

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def check_number(
@@ -15,17 +16,19 @@ def check_number(
     """
     if isinstance(value, jax.core.Tracer):
         return
-    try:
-        number = float(value)
-    except TypeError as error:
+    if isinstance(value, str | bool) or value is None or np.ndim(value) > 0 or callable(value):
+        remedy = "; to schedule it, wrap the factory in optax.inject_hyperparams"
         raise TypeError(
-            f"{who}: expected {name} to be a number, found {value!r}; to schedule it, wrap the "
-            "factory in optax.inject_hyperparams."
-        ) from error
+            f"{who}: expected {name} to be a number, found {value!r}"
+            f"{remedy if callable(value) else ''}."
+        )
+    number = float(value)
     inside = number >= 0 if above is None else number > above
     if not (inside and number < below):
         interval = f"[0, {below})" if above is None else f"({above}, {below})"
-        found = f"{number}" if not hasattr(value, "dtype") else f"{number} ({value.dtype})"
+        found = f"{number}"
+        if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
+            found += f" in {value.dtype}; give optax.inject_hyperparams hyperparam_dtype=float32"
         raise ValueError(f"{who}: expected {name} in {interval}, found {found}.")
 
 

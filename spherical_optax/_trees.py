@@ -31,7 +31,8 @@ class Leaf(NamedTuple):
 
 def is_box(node: Any) -> bool:
     """Whether a node wraps one array with metadata (NNX variable, Linen box)."""
-    return hasattr(type(node), "get_metadata") or hasattr(type(node), "unbox")
+    marked = hasattr(type(node), "get_metadata") or hasattr(type(node), "unbox")
+    return marked and len(flatten(node)[0]) < 2
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -43,8 +44,10 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 
 def flatten_boxes(tree: Any) -> tuple[list[Any], Any]:
-    """As `flatten`, with boxes as leaves."""
-    return jax.tree.flatten(tree, is_leaf=lambda node: node is None or is_box(node))
+    """As `flatten`, with boxes of an array as leaves."""
+    return jax.tree.flatten(
+        tree, is_leaf=lambda node: node is None or (is_box(node) and bool(flatten(node)[0]))
+    )
 
 
 def key_name(key: Any) -> str:
@@ -61,10 +64,16 @@ def leaves_with_paths(tree: Any) -> list[Leaf]:
     return [
         Leaf(
             tuple(key_name(key) for key in path),
-            flatten(value)[0][0] if is_box(value) else value,
+            _unboxed(value) if is_box(value) else value,
         )
         for path, value in found
     ]
+
+
+def _unboxed(box: Any) -> Any:
+    """The array in a box; a box that `optax.masked` emptied holds none."""
+    held = flatten(box)[0]
+    return held[0] if held else optax.MaskedNode()
 
 
 def visible_leaves(tree: Any) -> list[Leaf]:

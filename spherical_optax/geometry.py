@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from spherical_optax.groups import RadialGroup
 
+__all__ = ["angle", "inner", "norm", "project", "retract", "scale", "spread", "transport"]
+
 Arrays = TypeVar("Arrays")
 """An array, or for joint groups a pytree of arrays."""
 
@@ -25,7 +27,7 @@ Retraction: TypeAlias = Literal["normalize", "geodesic"]
 
 def accumulator(dtype: Any) -> Any:
     """The dtype in which sums over a group of this dtype accumulate."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -37,11 +39,14 @@ def _sum(products: jax.Array, group: RadialGroup) -> jax.Array:
     axes = group.axes(products.ndim)
     total = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i not in axes))
     if group.num_blocks is not None:
-        total = total.reshape(*total.shape[:-1], group.num_blocks, -1).sum(-1)
+        size = total.shape[-1] // group.num_blocks
+        total = total.reshape(*total.shape[:-1], group.num_blocks, size).sum(-1)
     return total
 
 
 def _inner(x: jax.Array, y: jax.Array, group: RadialGroup) -> jax.Array:
+    if x.shape != y.shape:
+        raise ValueError(f"inner: expected arrays of one shape, found {x.shape} and {y.shape}.")
     return _sum(wide(x) * wide(y), group)
 
 
@@ -66,6 +71,9 @@ def inner(x: Arrays, y: Arrays, group: Any) -> jax.Array:
       >>> geometry.inner(jnp.ones((3, 2)), jnp.array([[1., 2.]] * 3), per_filter())
       Array([3., 6.], dtype=float32)
     """
+    for each in jax.tree.leaves(group):
+        if not isinstance(each, RadialGroup):
+            raise TypeError(f"inner: expected RadialGroup, found {each!r}.")
     parts = jax.tree.leaves(jax.tree.map(lambda g, a, b: _inner(a, b, g), group, x, y))
     return functools.reduce(operator.add, (part.reshape(parts[0].shape) for part in parts))
 

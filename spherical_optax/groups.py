@@ -1,11 +1,23 @@
 """Which parameter entries are radially invariant, and how they group.
 
 A group is a set of entries x with L(a x) = L(x) for all a > 0. `RadialGroup` says
-how one array splits into groups; a `groups` argument says it for a whole tree.
+how one array splits into groups; a `groups` argument says it for a whole tree, as
+
+- rules on the parameters' paths, from `groups_by_path`;
+- a tree with the parameters' keys, of `RadialGroup`, `None` (no group) or `True` (one
+  group per output channel) and `False` (no group). An entry may stand for a whole
+  subtree: `groups=True` gives a group to every leaf, biases as well;
+- what `find_radial_groups` returns;
+- a function of the parameters that returns such a tree, reading paths and shapes only.
+  `optax.inject_hyperparams` takes every function for a schedule, and would call this one
+  with a step count: name it, `static_args=("groups",)`, or use rules.
+
+`describe_groups` shows what was selected.
 """
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -16,8 +28,7 @@ import numpy as np
 from spherical_optax import _trees
 
 Groups: TypeAlias = Any
-"""A pytree prefix of the parameters with `RadialGroup`, `None`, `True` or `False`
-leaves; the rules object of `groups_by_path`; or a callable `params -> tree`."""
+"""Any of the forms that this module's docstring lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +71,11 @@ class RadialGroup:
                 f"RadialGroup: expected index_axes as a tuple of ints, found {axes!r}; "
                 "write (-1,) for one axis and () for the whole array."
             )
-        axes = tuple(axes)
-        if not all(_is_int(axis) for axis in axes):
-            raise TypeError(f"RadialGroup: expected integer index_axes, found {axes!r}.")
+        axes = tuple(_index("index_axes", axis) for axis in axes)
         if len(set(axes)) < len(axes):
             raise ValueError(f"RadialGroup: index_axes repeats an axis: {axes!r}.")
         if self.num_blocks is not None:
-            if not _is_int(self.num_blocks):
-                raise TypeError(
-                    f"RadialGroup: expected an integer num_blocks, found {self.num_blocks!r}."
-                )
+            object.__setattr__(self, "num_blocks", _index("num_blocks", self.num_blocks))
             if self.num_blocks < 1:
                 raise ValueError(
                     f"RadialGroup: expected num_blocks of at least 1, found {self.num_blocks}."
@@ -81,6 +87,11 @@ class RadialGroup:
                 )
         if self.joint is not None and not isinstance(self.joint, str):
             raise TypeError(f"RadialGroup: expected joint as a string, found {self.joint!r}.")
+        if self.joint is not None and not (self.joint and self.joint.isprintable()):
+            raise ValueError(
+                f"RadialGroup: expected a printable label joint, found {self.joint!r}; the "
+                r'first parenthesis of a rule is written as a raw string, r"\1".'
+            )
         object.__setattr__(self, "index_axes", axes)
 
     def axes(self, ndim: int) -> tuple[int, ...]:
@@ -119,8 +130,13 @@ class RadialGroup:
         return tuple(sizes)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _index(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"RadialGroup: expected integer {name}, found {value!r}.") from None
 
 
 def per_filter() -> RadialGroup:
@@ -163,18 +179,23 @@ def per_channel_block(n: int, joint: str | None = None) -> RadialGroup:
     return RadialGroup(index_axes=(-1,), num_blocks=n, joint=joint)
 
 
-def per_head(axis: int) -> RadialGroup:
+def per_head(axis: int, joint: str | None = None) -> RadialGroup:
     """One group per attention head, for a norm over each head (QK-norm).
 
     Args:
-      axis: The axis that indexes the heads: 1 for a kernel `(d, heads, k)`.
+      axis: The axis that indexes the heads: -2 for a kernel `(d, heads, k)` and for its
+        bias `(heads, k)`.
+      joint: Label shared with the leaves that belong to the same groups.
 
     Examples:
       >>> from spherical_optax import per_head
-      >>> per_head(axis=1).shape((512, 8, 64))
+      >>> per_head(axis=-2).shape((512, 8, 64))
       (8,)
     """
-    return RadialGroup(index_axes=(axis,))
+    return RadialGroup(index_axes=(axis,), joint=joint)
+
+
+_HELPERS = (RadialGroup, per_filter, per_layer, per_channel_block, per_head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +211,11 @@ class PathRules:
 def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     r"""Groups named by regular expressions on the parameters' paths.
 
-    A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`; the
-    first rule found anywhere in it (`re.search`) decides. Leaves that no rule
-    matches have no group. In a `joint` label, `\1` stands for the match's first
-    parenthesis, so that one rule forms one joint group per module.
+    A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`; the first
+    rule found anywhere in it (`re.search`) decides: `conv/kernel` is also found in
+    `preconv/kernel`, `(^|/)conv/kernel` is not. Leaves that no rule matches have no group.
+    In a `joint` label, `\1` stands for the match's first parenthesis, so that one rule
+    forms one joint group per module.
 
     Args:
       rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves
@@ -204,8 +226,9 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
 
     Raises:
       TypeError: If a pattern is not a string, or a value is not a group.
-      ValueError: If there are no rules or a pattern is not a regular expression;
-        and at `init`, if a rule matches no path.
+      ValueError: If there are no rules, a pattern is not a regular expression, or a label
+        names a parenthesis that its pattern lacks; and at `init`, if a rule matches no
+        path, or none that an earlier rule leaves.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -220,12 +243,18 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
       norm/scale   (8,)          -       -                  -
       >>> joint = so.groups_by_path({r"(.*)/(kernel|bias)": so.per_layer(joint=r"\1")})
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f"groups_by_path: expected a dictionary from regular expression to group, found "
+            f"{rules!r} of type {type(rules).__name__}."
+        )
     if not rules:
         raise ValueError("groups_by_path: expected at least one rule, found none.")
     for pattern, group in rules.items():
         if not isinstance(pattern, str):
             raise TypeError(
-                f"groups_by_path: expected regular expressions as keys, found {pattern!r}."
+                f"groups_by_path: expected strings with regular expressions as keys, found "
+                f"{pattern!r}."
             )
         try:
             re.compile(pattern)
@@ -242,11 +271,12 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
 
 
 def _is_group(value: Any) -> bool:
-    return value is None or isinstance(value, RadialGroup | bool)
+    return value is None or isinstance(value, RadialGroup | bool | np.bool_)
 
 
 def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
-    used = set()
+    matched: set[str] = set()
+    deciding: set[str] = set()
     result: list[RadialGroup | bool | None] = []
     for leaf in leaves:
         group: RadialGroup | bool | None = None
@@ -255,21 +285,40 @@ def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup |
             match = re.search(pattern, leaf.path)
             if match is None:
                 continue
-            used.add(pattern)
+            matched.add(pattern)
             if decided:
                 continue
+            deciding.add(pattern)
             group, decided = candidate, True
             if isinstance(group, RadialGroup) and group.joint is not None:
-                group = dataclasses.replace(group, joint=match.expand(group.joint))
+                group = _with_label(group, match, leaf)
         result.append(group)
-    unused = [pattern for pattern, _ in rules.rules if pattern not in used]
+    unused = [pattern for pattern, _ in rules.rules if pattern not in matched]
     # Below a subtree that optax.masked hides, other rules may have their leaves.
-    if unused and not (used and any(leaf.hidden for leaf in leaves)):
+    hidden = matched and any(leaf.hidden for leaf in leaves)
+    if unused and not hidden:
         raise ValueError(
             f"groups_by_path: no parameter path matches {unused}. The paths are "
             f"{[leaf.path for leaf in leaves]}."
         )
+    shadowed = [pattern for pattern, _ in rules.rules if pattern in matched - deciding]
+    if shadowed and not hidden:
+        raise ValueError(
+            f"groups_by_path: every path that {shadowed} match is decided by an earlier rule; put "
+            f"them first. The rules are {[pattern for pattern, _ in rules.rules]}."
+        )
     return result
+
+
+def _with_label(group: RadialGroup, match: re.Match[str], leaf: _trees.Leaf) -> RadialGroup:
+    """The group with its label's references to the match filled in."""
+    try:
+        return dataclasses.replace(group, joint=match.expand(group.joint or ""))
+    except (re.error, IndexError, ValueError) as error:
+        raise ValueError(
+            f"groups_by_path: rule {match.re.pattern!r} gives {leaf.path} the joint label "
+            f"{group.joint!r}, expected a label that its parentheses fill, found: {error}."
+        ) from None
 
 
 def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
@@ -280,6 +329,11 @@ def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | boo
                 f"groups: expected a RadialGroup, None, True or False at "
                 f"{'/'.join(keys) or 'the root'}, found {group!r} of type "
                 f"{type(group).__name__}."
+            )
+        if isinstance(group, RadialGroup) and "\\" in (group.joint or ""):
+            raise ValueError(
+                f"groups: expected a plain joint label at {'/'.join(keys) or 'the root'}, found "
+                f"{group.joint!r}; references to a match are for the rules of groups_by_path."
             )
     result: list[RadialGroup | bool | None] = []
     used = set()
@@ -298,7 +352,8 @@ def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | boo
         raise ValueError(
             f"groups: expected a pytree prefix of the parameters, found nothing for "
             f"{leaf.path} of shape {np.shape(leaf.value)}; put None there for a leaf "
-            f"without a group. groups names {['/'.join(keys) for keys in given]}."
+            f"without a group. groups names {['/'.join(keys) for keys in given]}; regular "
+            "expressions go through groups_by_path."
         )
     unknown = ["/".join(keys) for keys in given if keys not in used]
     if unknown:
@@ -311,7 +366,7 @@ def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | boo
 
 def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup | None:
     """The leaf's group, after checking that the leaf can have it."""
-    if isinstance(group, bool):
+    if isinstance(group, bool | np.bool_):
         group = per_filter() if group else None
     if group is None or leaf.value is None or leaf.hidden:
         return None
@@ -371,7 +426,7 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     """Resolves `groups` on a tree into the sets of leaves that form groups together.
 
     Args:
-      groups: See `Groups`.
+      groups: See this module's docstring.
       tree: Parameters or updates; only paths, shapes and dtypes are read.
 
     Returns:
@@ -386,6 +441,8 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     leaves = _trees.leaves_with_paths(tree)
     if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
         return []
+    if any(groups is helper for helper in _HELPERS):
+        raise TypeError(f"groups: expected a group, found a function; call {groups.__name__}(...).")
     if callable(groups):
         groups = groups(tree)
     if isinstance(groups, FoundGroups):
@@ -424,7 +481,7 @@ def describe_groups(params: Any, groups: Groups) -> str:
 
     Args:
       params: The parameters.
-      groups: See `Groups`.
+      groups: See this module's docstring.
 
     Returns:
       One line per leaf. Entries count all leaves of a joint group together; a dash

@@ -1,7 +1,7 @@
 """The paper's optimizers, as short chains of the library's transforms.
 
-Keyword-compatible with the optax aliases of the same arguments. `groups` is required:
-a spherical optimizer without groups is just Adam or momentum SGD.
+Arguments that an optax alias has too mean here what they mean there. `groups` is
+required: a spherical optimizer without groups is just Adam or momentum SGD.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ def adams(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
       weight_decay: Factor of the coupled L2 term, for all leaves.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
@@ -101,9 +101,10 @@ def adamsrt(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
-      weight_decay: Factor of the coupled L2 term, for all leaves.
+      weight_decay: Factor of the coupled L2 term, for all leaves. In groups it acts
+        1 - b1 times as strongly as in `adams`: its momentum is radial, and not carried.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
@@ -158,9 +159,11 @@ def sgdmrt(
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd`.
-      weight_decay: Factor of the coupled L2 term, for all leaves.
+      weight_decay: Factor of the coupled L2 term, for all leaves. In groups it acts
+        1 - momentum times as strongly as in `optax.sgd` after
+        `optax.add_decayed_weights`: its momentum is radial, and not carried.
       accumulator_dtype: dtype of the momentum; the parameter's if `None`.
 
     Returns:
@@ -223,7 +226,7 @@ def adamg(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups.Groups`. Leaves without a group follow
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 

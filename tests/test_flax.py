@@ -83,6 +83,30 @@ def test_nnx_and_linen_take_the_same_steps(name):
     assert min(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.parametrize("how", ["masked", "partition"])
+def test_nnx_with_part_of_the_parameters(how):
+    """The masked leaves are variables that hold nothing."""
+    images, labels = data()
+    tx = so.adamsrt(1e-2, groups=GROUPS)
+    if how == "masked":
+        tx = optax.masked(tx, lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    else:
+        kinds = lambda p: jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", p)  # noqa: E731
+        tx = optax.partition({"matrix": tx, "vector": optax.sgd(0.1)}, kinds)
+    model = NnxModel(nnx.Rngs(0))
+    before = jax.tree.map(jnp.array, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda model: loss_of(model(images), labels))(model)
+    optimizer.update(model, grads)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plain = so.adamsrt(1e-2, groups=GROUPS)
+    pure = nnx.to_pure_dict(nnx.state(grads, nnx.Param))
+    updates, _ = plain.update(pure, plain.init(before), before)
+    expected = optax.apply_updates(before, updates)
+    np.testing.assert_allclose(after["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
+    assert np.abs(after["head"]["bias"] - before["head"]["bias"]).max() > 0
+
+
 def test_nnx_state_is_traced_once():
     images, labels = data()
     model = NnxModel(nnx.Rngs(0))

@@ -224,6 +224,13 @@ def test_joint_arrays_may_lay_their_groups_out_differently(x64):
     np.testing.assert_allclose(np.ravel(result), np.linalg.norm(whole, axis=1), rtol=1e-13)
 
 
+def test_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"arrays of one shape, found \(2, 3\) and \(3,\)"):
+        geometry.inner(jnp.ones((2, 3)), jnp.ones(3), so.per_layer())
+    with pytest.raises(TypeError, match="expected RadialGroup, found True"):
+        geometry.norm(jnp.ones((2, 3)), True)
+
+
 def test_unknown_retraction():
     with pytest.raises(ValueError, match=r"\['normalize', 'geodesic'\], found 'cayley'"):
         geometry.retract(jnp.ones(2), jnp.ones(2), so.per_layer(), method="cayley")

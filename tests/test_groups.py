@@ -121,6 +121,14 @@ def test_table():
     ]
 
 
+def test_numpy_scalars_are_taken():
+    assert so.RadialGroup((np.int64(1),)) == so.RadialGroup((1,))
+    assert radial_units({"conv": np.bool_(True), "dense": np.bool_(False)}, PARAMS) == [
+        {0: FILTER},
+        {1: FILTER},
+    ]
+
+
 def test_shapes_alone_are_enough():
     shapes = jax.eval_shape(lambda: PARAMS)
     assert radial_units({"conv": {"kernel": True, "bias": None}, "dense": None}, shapes) == [
@@ -132,7 +140,7 @@ def test_shapes_alone_are_enough():
     ("make", "error", "message"),
     [
         (lambda: so.RadialGroup(index_axes=-1), TypeError, r"index_axes as a tuple.*found -1"),
-        (lambda: so.RadialGroup(index_axes=(0.5,)), TypeError, r"integer index_axes.*0\.5"),
+        (lambda: so.RadialGroup(index_axes=(0.5,)), TypeError, r"integer index_axes, found 0\.5"),
         (lambda: so.RadialGroup(index_axes=(0, 0)), ValueError, r"repeats an axis: \(0, 0\)"),
         (lambda: so.RadialGroup(num_blocks=0), ValueError, "at least 1, found 0"),
         (lambda: so.RadialGroup(num_blocks=2.0), TypeError, r"integer num_blocks, found 2\.0"),
@@ -140,7 +148,14 @@ def test_shapes_alone_are_enough():
         (lambda: so.RadialGroup(joint=3), TypeError, "joint as a string, found 3"),
         (lambda: so.groups_by_path({}), ValueError, "at least one rule"),
         (lambda: so.groups_by_path({"(": True}), ValueError, r"'\(' is not a regular expression"),
-        (lambda: so.groups_by_path({1: True}), TypeError, "regular expressions as keys, found 1"),
+        (lambda: so.groups_by_path({1: True}), TypeError, "expressions as keys, found 1"),
+        (
+            lambda: so.groups_by_path(["a"]),
+            TypeError,
+            r"expected a dictionary .*\['a'\] of type list",
+        ),
+        (lambda: so.per_layer(joint=""), ValueError, "a printable label joint, found ''"),
+        (lambda: so.per_layer(joint="\1"), ValueError, r"found '\\x01'; .*raw string"),
         (lambda: so.groups_by_path({"a": "filter"}), TypeError, "rule 'a', found 'filter'"),
     ],
 )
@@ -183,6 +198,23 @@ def test_bad_group(make, error, message):
             "found nothing for conv/kernel",
         ),
         ({"conv": "filter", "dense": None}, TypeError, "at conv, found 'filter' of type str"),
+        (so.per_layer, TypeError, r"found a function; call per_layer\(\.\.\.\)"),
+        ({"conv/kernel": True}, ValueError, "regular expressions go through groups_by_path"),
+        (
+            {"conv": so.per_layer(joint=r"\1"), "dense": None},
+            ValueError,
+            r"expected a plain joint label at conv, found '\\\\1'",
+        ),
+        (
+            so.groups_by_path({"dense/kernel": so.per_layer(joint=r"\2")}),
+            ValueError,
+            r"rule 'dense/kernel' gives dense/kernel the joint label '\\\\2', expected a label",
+        ),
+        (
+            so.groups_by_path({"kernel": True, "conv/kernel": None}),
+            ValueError,
+            r"every path that \['conv/kernel'\] match is decided by an earlier rule",
+        ),
         (
             so.groups_by_path({"kernel": True, "convv": True}),
             ValueError,

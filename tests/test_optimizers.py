@@ -303,7 +303,11 @@ def test_state_is_half_of_adams():
         ("adamsrt", {"weight_decay": -0.1}, r"adamsrt: expected weight_decay in \[0, inf\)"),
         ("adams", {"learning_rate": -0.1}, r"adams: expected learning_rate in \[0, inf\)"),
         ("adamg", {"learning_rate": float("nan")}, r"adamg: expected learning_rate .* found nan"),
-        ("adams", {"b2": jnp.asarray(0.999, "bfloat16")}, r"found 1\.0 \(bfloat16\)"),
+        (
+            "adams",
+            {"b2": jnp.asarray(0.999, "bfloat16")},
+            r"found 1\.0 in bfloat16; .* hyperparam_dtype",
+        ),
     ],
 )
 def test_numbers_out_of_range(name, kwargs, message):
@@ -311,9 +315,51 @@ def test_numbers_out_of_range(name, kwargs, message):
         OPTIMIZERS[name](**{"learning_rate": 0.1, "groups": True, **kwargs})
 
 
-def test_a_schedule_where_a_number_is_due():
-    with pytest.raises(TypeError, match=r"expected b1 to be a number.*optax\.inject_hyperparams"):
-        so.adams(0.1, b1=lambda count: 0.9, groups=True)
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"b1": lambda count: 0.9}, r"expected b1 to be a number.*optax\.inject_hyperparams"),
+        ({"b1": "0.9"}, r"expected b1 to be a number, found '0\.9'\.$"),
+        ({"eps": True}, r"expected eps to be a number, found True\.$"),
+        ({"learning_rate": None}, r"expected learning_rate to be a number, found None\.$"),
+        ({"weight_decay": np.ones(2)}, r"expected weight_decay to be a number, found array"),
+    ],
+)
+def test_what_is_not_a_number(kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        so.adams(**{"learning_rate": 0.1, "groups": True, **kwargs})
+
+
+@pytest.mark.parametrize("name", ["adams", "adamsrt"])
+def test_state_of_other_groups_is_refused(name):
+    params = {"a": {"kernel": jnp.ones((3, 4))}}
+    state = OPTIMIZERS[name](0.1, groups=so.per_layer()).init(params)
+    tx = OPTIMIZERS[name](0.1, groups=so.per_filter())
+    message = r"a/kernel of shape \(3, 4\): expected state of shape \(4,\), found \(\): it was made"
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, state, params)
+    more = {**params, "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match="a state of 2 leaves, as there are parameters, found 1"):
+        tx.update(more, state, more)
+
+
+def test_decay_of_groups_acts_through_the_carried_momentum_only():
+    """As the docstrings say: without gradients, 1 - momentum times as strong."""
+    x, decay, steps = jnp.array([3.0, 4.0]), 1e-3, 2000
+    for tx, factor in (
+        (so.sgdmrt(0.1, 0.9, groups=so.per_layer(), weight_decay=decay), 1.0),
+        (optax.chain(optax.add_decayed_weights(decay), optax.sgd(0.1, 0.9)), 10.0),
+    ):
+        state = tx.init(x)
+
+        def body(carry, _, tx=tx):
+            params, state = carry
+            updates, state = tx.update(jnp.zeros(2), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(body, (x, state), length=steps)
+        shrunk = -np.log(np.linalg.norm(params) / 5)
+        assert shrunk == pytest.approx(0.1 * decay * steps * factor, rel=0.02)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -133,6 +133,24 @@ def test_moments_are_found_by_path_not_by_name_alone(x64):
     np.testing.assert_array_equal(params["nu"], renamed["b"])
 
 
+def test_a_parameter_called_mu_does_not_pass_for_a_first_moment(x64):
+    """`nu/mu/kernel` is a second moment, though `kernel` is a parameter too."""
+    groups = so.groups_by_path({"kernel": FILTER})
+    params = {"mu": {"kernel": normal(0, (4, 3))}, "kernel": normal(1, (4, 3))}
+    renamed = {"a": params["mu"], "kernel": params["kernel"]}
+    results = []
+    for tree in (params, renamed):
+        tx = so.transport_moments(optax.scale_by_adam(), groups)
+        state = tx.init(tree)
+        for seed in range(3):
+            tree, state = step(
+                tx, jax.tree.map(lambda p, s=seed: normal(s, p.shape), tree), state, tree
+            )
+        results.append(jax.tree.leaves(optax.tree.get(state, "nu")))
+        assert min(leaf.min() for leaf in results[-1]) >= 0
+    np.testing.assert_array_equal(results[0][1], results[1][0])
+
+
 def test_only_part_of_the_tree_may_have_moments(x64):
     inner = optax.masked(optax.trace(0.5), {"a": True, "b": False})
     tx = so.transport_moments(inner, groups={"a": FILTER, "b": FILTER})
@@ -186,7 +204,7 @@ def test_no_copy_of_the_parameters_is_kept():
         (
             lambda: optax.scale(-1.0),
             ValueError,
-            r"\['mu', 'nu', 'trace'\] in the inner .*found \[\]",
+            r"\['mu', 'nu', 'trace'\] in the inner .*that it keeps no",
         ),
         (lambda: optax.ema(0.9), ValueError, r"the inner state, found \['count', 'ema'\]"),
         (
@@ -217,12 +235,42 @@ def test_moments_under_other_names(x64):
 
 
 def test_bad_names_of_moments():
+    with pytest.raises(TypeError, match="first_moments as a tuple of field names, found None"):
+        so.transport_moments(optax.trace(0.9), FILTER, first_moments=None)
+    with pytest.raises(ValueError, match=r"a field named \['m'\] in the inner state, found .*'mu'"):
+        so.transport_moments(optax.scale_by_adam(), FILTER, first_moments=("m",)).init(jnp.ones(3))
+    with pytest.raises(TypeError, match="a gradient transformation as inner, found RadialGroup"):
+        so.transport_moments(FILTER, optax.trace(0.9))
     with pytest.raises(TypeError, match=r"first_moments as a tuple of field names, found 'mu'"):
         so.transport_moments(optax.trace(0.9), FILTER, first_moments="mu")
     tx = so.transport_moments(so.scale_by_adams(groups=FILTER), FILTER, first_moments=("nu",))
     message = r"kernel of shape \(3, 2\): expected its moment nu/kernel to have shape \(3, 2\), "
     with pytest.raises(ValueError, match=message + r"found \(2,\)"):
         tx.init({"kernel": jnp.ones((3, 2))})
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [so.project_radial(so.per_layer("a")), so.retract(so.per_layer("a"))],
+    ids=["project_radial", "retract"],
+)
+def test_a_joint_group_needs_all_its_gradients(tx):
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    grads = {"kernel": jnp.ones((3, 4)), "bias": None}
+    with pytest.raises(
+        ValueError, match="joint label 'a': expected gradients for all its 2 leaves"
+    ):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_leaves_of_a_joint_group_keep_their_state_in_own_buffers():
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    for tx in (so.retract(so.per_layer("a")), so.adamsrt(0.1, groups=so.per_layer("a"))):
+        state = tx.init(params)
+        _, after = tx.update(params, state, params)
+        for each in (state, after):
+            pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(each)]
+            assert len(set(pointers)) == len(pointers)
 
 
 # --- scale_by_adams ---------------------------------------------------------------------

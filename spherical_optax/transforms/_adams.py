@@ -5,12 +5,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, group_size, radial_units
-from spherical_optax.transforms._units import per_leaf, present, state_like, zeros_per_group
+from spherical_optax.transforms._units import (
+    check_state,
+    per_leaf,
+    present,
+    state_like,
+    zeros_per_group,
+)
 
 
 class ScaleByAdamsState(NamedTuple):
@@ -51,7 +58,7 @@ def scale_by_adams(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups.Groups`.
+      groups: See the module `spherical_optax.groups`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
       sqrt_dim: Whether to multiply by sqrt(d), which makes an entry's step as long as
         Adam's; without it the group's step has Adam's length of one entry.
@@ -101,7 +108,11 @@ def scale_by_adams(
         mu, mu_treedef = _trees.flatten(state.mu)
         nu, nu_treedef = _trees.flatten(state.nu)
         count = optax.safe_increment(state.count)
-        units = present(radial_units(groups, updates), g)
+        units = radial_units(groups, updates)
+        shapes = {i: group.shape(g[i].shape) for unit in units for i, group in unit.items()}
+        expected = [shapes.get(i, np.shape(leaf)) for i, leaf in enumerate(g)]
+        check_state("scale_by_adams", updates, nu, expected)
+        units = present(units, g)
 
         for unit in units:
             grads = {i: geometry.wide(g[i]) for i in unit}
@@ -120,7 +131,8 @@ def scale_by_adams(
         taken = optax.ScaleByAdamState(state.count, [mu[i] for i in rest], [nu[i] for i in rest])
         scaled, adam_state = adam.update([g[i] for i in rest], taken)
         for i, s, m, v in zip(rest, scaled, adam_state.mu, adam_state.nu, strict=True):
-            g[i], mu[i], nu[i] = s.astype(g[i].dtype), m.astype(mu[i].dtype), v.astype(nu[i].dtype)
+            g[i] = s.astype(jnp.result_type(g[i]))
+            mu[i], nu[i] = m.astype(mu[i].dtype), v.astype(nu[i].dtype)
         return treedef.unflatten(g), ScaleByAdamsState(
             count, mu_treedef.unflatten(mu), nu_treedef.unflatten(nu)
         )
@@ -130,7 +142,7 @@ def scale_by_adams(
 
 def _is_inexact(leaf: Any) -> bool:
     """Whether a gradient can be scaled: not `None`, integer or float0."""
-    return leaf is not None and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _bias_correction(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:

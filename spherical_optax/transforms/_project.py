@@ -17,7 +17,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
     ```
 
     Args:
-      groups: See `spherical_optax.groups.Groups`.
+      groups: See the module `spherical_optax.groups`.
 
     Returns:
       A stateless transformation; `update` needs params.

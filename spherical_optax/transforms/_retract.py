@@ -43,7 +43,7 @@ def retract(
     ```
 
     Args:
-      groups: See `spherical_optax.groups.Groups`.
+      groups: See the module `spherical_optax.groups`.
       radius: The sphere's radius, or `"initial"` for that of each group at `init`, which
         is kept in the state so that repeated rounding does not drift. A group of norm
         zero at `init` has no sphere, and steps freely.

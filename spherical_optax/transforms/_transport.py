@@ -10,6 +10,7 @@ from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups, group_size, radial_units
 from spherical_optax.transforms._units import (
     Unit,
+    check_state,
     per_leaf,
     pick,
     require_params,
@@ -17,6 +18,8 @@ from spherical_optax.transforms._units import (
     zero,
     zeros_per_group,
 )
+
+FIRST_MOMENTS, SECOND_MOMENTS = ("mu", "trace"), ("nu",)
 
 
 class TransportMomentsState(NamedTuple):
@@ -36,8 +39,8 @@ def transport_moments(
     inner: optax.GradientTransformation,
     groups: Groups,
     *,
-    first_moments: tuple[str, ...] = ("mu", "trace"),
-    second_moments: tuple[str, ...] = ("nu",),
+    first_moments: tuple[str, ...] = FIRST_MOMENTS,
+    second_moments: tuple[str, ...] = SECOND_MOMENTS,
     rescale: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Carries the moments of any transformation along as its groups move.
@@ -49,18 +52,25 @@ def transport_moments(
     t = m - <m, u'> u'        m <- (r / r') |m| t / |t|        v <- (r / r')^2 v
     ```
 
-    After it the first moments' radial part is dropped. This is the transport along the
-    arc from the old direction to the new, and the rescaling that follows from gradients
-    being of degree -1 in the radius. It looks only at where the parameters are, so it is
-    right whatever moved them: schedules, decay, skipped steps, a restored checkpoint.
+    After it the first moments' radial part is dropped. Where the step lay in the plane of
+    x and m, as for AdamS and momentum SGD, this is the parallel transport along the arc
+    from the old direction to the new; otherwise it is isometric, and equal to it up to
+    second order in the angle. The rescaling follows from gradients being of degree -1 in
+    the radius. Only where the parameters are now is looked at, so it is right whatever
+    moved them: schedules, decay, skipped steps, a restored checkpoint.
 
     A group of one entry has no tangent space and a group of norm zero no direction:
     their moments are left alone.
 
+    A second moment must be of degree -2, an average of squared gradients. The infinity
+    norm that `optax.scale_by_adamax` keeps under the name `nu` is not: give it
+    `second_moments=()`. Moments under other names are carried only if named:
+    `second_moments=("nu", "nu_max")` for `optax.scale_by_amsgrad`.
+
     Args:
       inner: The transformation whose moments are carried, for example
         `optax.trace(0.9)`; chains and injected hyperparameters may be around it.
-      groups: See `spherical_optax.groups.Groups`.
+      groups: See the module `spherical_optax.groups`.
       first_moments: Fields of the inner state that hold first moments.
       second_moments: Fields that hold second moments, per entry or per group.
       rescale: Whether to multiply by the ratio of radii.
@@ -69,9 +79,10 @@ def transport_moments(
       A transformation with state `TransportMomentsState`; `update` needs params.
 
     Raises:
-      TypeError: If the names are not a tuple of strings.
-      ValueError: At `init`, if none of the names is a field of the inner state, if a
-        moment has another shape than its parameter, or if `groups` does not fit.
+      TypeError: If inner is no transformation, or the names are not tuples of strings.
+      ValueError: At `init`, if none of the names is a field of the inner state, or not
+        all of those that were given; if a moment has another shape than its parameter; or
+        if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -88,8 +99,12 @@ def transport_moments(
     References:
       Roburin et al., Neurocomputing 2022 (the RT transformation of AdamSRT).
     """
-    first_names = _names("first_moments", first_moments)
-    second_names = _names("second_moments", second_moments)
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"transport_moments: expected a gradient transformation as inner, found {inner!r}; "
+            "write transport_moments(optax.trace(0.9), groups)."
+        )
+    names = Names(_names("first_moments", first_moments), _names("second_moments", second_moments))
     wrapped = optax.with_extra_args_support(inner)
 
     def movable(params: optax.Params, leaves: list[Any]) -> list[Unit]:
@@ -99,7 +114,7 @@ def transport_moments(
         inner_state = wrapped.init(params)
         leaves = _trees.flatten(params)[0]
         units = movable(params, leaves)
-        _check_moments(inner_state, params, units, first_names, second_names)
+        _check_moments(inner_state, params, units, names)
         radius = state_like(params, zeros_per_group(units, leaves), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
@@ -112,9 +127,11 @@ def transport_moments(
         require_params("transport_moments", params)
         x, _ = _trees.flatten(params)
         radius, radius_treedef = _trees.flatten(state.radius)
-        first = _find_moments(state.inner_state, params, first_names)
-        second = _find_moments(state.inner_state, params, second_names)
+        first, second = _find_moments(state.inner_state, params, names)
         units = movable(params, x)
+        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
+        expected = [shapes.get(i, ()) for i in range(len(x))]
+        check_state("transport_moments", params, radius, expected)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)
         for unit in units:
@@ -161,27 +178,35 @@ Field = dict[int, int]
 """A field of an inner state: from a parameter's number to its moment's."""
 
 
-def _names(argument: str, names: Any) -> frozenset[str]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+class Names(NamedTuple):
+    """The fields that hold moments."""
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+
+
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"transport_moments: expected {argument} as a tuple of field names, found {names!r}; "
             'write ("mu",) for one.'
         )
-    return frozenset(names)
+    return tuple(names)
 
 
-def _find_moments(inner_state: Any, params: Any, names: frozenset[str]) -> list[Field]:
-    """The fields of the given names whose leaves stand at the parameters' paths."""
-    leaves = _trees.visible_leaves(params)
-    numbers = {leaf.keys: i for i, leaf in enumerate(leaves)}
-    fields: dict[tuple[str, ...], Field] = {}
-    kept = _trees.visible_leaves(inner_state)
-    for place, leaf in enumerate(kept):
+def _find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Field], list[Field]]:
+    """The fields of first and second moments whose leaves stand at the parameters' paths."""
+    numbers = {leaf.keys: i for i, leaf in enumerate(_trees.visible_leaves(params))}
+    found: dict[tuple[str, ...], Field] = {}
+    for place, leaf in enumerate(_trees.visible_leaves(inner_state)):
         for depth, key in enumerate(leaf.keys, start=1):
-            if key in names and leaf.keys[depth:] in numbers:
-                fields.setdefault(leaf.keys[:depth], {})[numbers[leaf.keys[depth:]]] = place
+            # The outermost key decides: parameters may be called mu or nu themselves.
+            if key in names.first + names.second and leaf.keys[depth:] in numbers:
+                found.setdefault(leaf.keys[:depth], {})[numbers[leaf.keys[depth:]]] = place
                 break
-    return list(fields.values())
+    first = [field for keys, field in found.items() if keys[-1] in names.first]
+    second = [field for keys, field in found.items() if keys[-1] in names.second]
+    return first, second
 
 
 def _fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tuple[Field, Unit]]:
@@ -192,28 +217,13 @@ def _fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tup
             yield field, part
 
 
-def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tuple[str, ...]:
-    return next((keys[:n] for n in range(len(keys)) if keys[n:] in suffixes), keys)
-
-
-def _check_moments(
-    inner_state: Any,
-    params: Any,
-    units: list[Unit],
-    first_names: frozenset[str],
-    second_names: frozenset[str],
-) -> None:
+def _check_moments(inner_state: Any, params: Any, units: list[Unit], names: Names) -> None:
     leaves = _trees.visible_leaves(params)
     kept = _trees.visible_leaves(inner_state)
-    first = _find_moments(inner_state, params, first_names)
-    second = _find_moments(inner_state, params, second_names)
-    if any(leaf.value is not None for leaf in leaves) and not first and not second:
-        paths = {leaf.keys for leaf in leaves}
-        found = {_without_suffix(leaf.keys, paths) for leaf in kept}
-        raise ValueError(
-            f"transport_moments: expected a field named {sorted(first_names | second_names)} in "
-            f"the inner state, found {sorted('/'.join(keys) for keys in found)}; name the moments "
-            "with first_moments=(...) and second_moments=(...)."
+    first, second = _find_moments(inner_state, params, names)
+    if any(leaf.value is not None for leaf in leaves):
+        _check_names(
+            leaves, kept, {kept[place].keys for f in first + second for place in f.values()}, names
         )
     for fields, per_group in ((first, False), (second, True)):
         for field in fields:
@@ -228,3 +238,33 @@ def _check_moments(
                         f"expected its moment {moment.path} to have shape "
                         f"{' or '.join(map(str, expected))}, found {moment.value.shape}."
                     )
+
+
+def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tuple[str, ...]:
+    return next((keys[:n] for n in range(len(keys)) if keys[n:] in suffixes), keys)
+
+
+def _check_names(
+    leaves: list[_trees.Leaf],
+    kept: list[_trees.Leaf],
+    moments: set[tuple[str, ...]],
+    names: Names,
+) -> None:
+    """Raises if no moment was found, or none under a name that was given."""
+    paths = {leaf.keys for leaf in leaves}
+    fields = sorted({"/".join(_without_suffix(leaf.keys, paths)) for leaf in kept})
+    found = {key for keys in moments for key in keys}
+    given = [
+        name
+        for each, default in ((names.first, FIRST_MOMENTS), (names.second, SECOND_MOMENTS))
+        for name in each
+        if each != default
+    ]
+    missing = [name for name in given if name not in found]
+    if missing or not moments:
+        wanted = missing or sorted(names.first + names.second)
+        raise ValueError(
+            f"transport_moments: expected a field named {wanted} in the inner state, found "
+            f"{fields or 'that it keeps no moments'}; name the moments with first_moments=(...) "
+            "and second_moments=(...)."
+        )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spherical_optax import _trees, geometry
 from spherical_optax.groups import RadialGroup
@@ -19,9 +20,22 @@ def pick(unit: Unit, leaves: Any) -> dict[int, jax.Array]:
 
 
 def present(units: list[Unit], leaves: Any) -> list[Unit]:
-    """The units without the leaves that are `None`, as a missing gradient is."""
-    units = [{i: group for i, group in unit.items() if leaves[i] is not None} for unit in units]
-    return [unit for unit in units if unit]
+    """The units whose leaves are there; a missing gradient is `None`.
+
+    Raises:
+      ValueError: If only some leaves of a joint group are there.
+    """
+    found = []
+    for unit in units:
+        there = [leaves[i] is not None for i in unit]
+        if any(there) and not all(there):
+            raise ValueError(
+                f"joint label {next(iter(unit.values())).joint!r}: expected gradients for all its "
+                f"{len(unit)} leaves or none, found {sum(there)}; a None gradient stops a part."
+            )
+        if all(there):
+            found.append(unit)
+    return found
 
 
 def require_params(transform: str, params: Any) -> None:
@@ -63,5 +77,31 @@ def zeros_per_group(units: list[Unit], leaves: list[Any]) -> dict[int, jax.Array
 
 
 def per_leaf(values: jax.Array, unit: Unit, like: Any) -> dict[int, jax.Array]:
-    """The values of a unit's groups as each of its leaves keeps them."""
-    return {i: values.reshape(like[i].shape).astype(like[i].dtype) for i in unit}
+    """The values of a unit's groups as each of its leaves keeps them, in own buffers."""
+    return {i: jnp.array(values.reshape(like[i].shape), like[i].dtype) for i in unit}
+
+
+def check_state(who: str, tree: Any, kept: list[Any], expected: list[tuple[int, ...]]) -> None:
+    """Raises where state was made for other parameters or other groups.
+
+    Args:
+      who: The transform.
+      tree: Parameters or updates, for the paths.
+      kept: The state's leaves.
+      expected: The shapes that they should have.
+
+    Raises:
+      ValueError: If the shapes differ; the message names the first path.
+    """
+    found = [tuple(jnp.shape(leaf)) if leaf is not None else None for leaf in kept]
+    if len(found) != len(expected):
+        raise ValueError(
+            f"{who}: expected a state of {len(expected)} leaves, as there are parameters, found "
+            f"{len(found)}: it was made for other parameters."
+        )
+    for leaf, shape, wanted in zip(_trees.visible_leaves(tree), found, expected, strict=True):
+        if shape is not None and leaf.value is not None and shape != wanted:
+            raise ValueError(
+                f"{who}: {leaf.path} of shape {np.shape(leaf.value)}: expected state of shape "
+                f"{wanted}, found {shape}: it was made with other groups; call init again."
+            )
