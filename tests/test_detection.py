@@ -96,6 +96,40 @@ class MLP(nn.Module):
         return nn.Dense(3, name="head")(x)
 
 
+class MobileNet(nn.Module):
+    """Clipped ReLU, squeeze and excitation, depthwise convolutions, and a large epsilon."""
+
+    @nn.compact
+    def __call__(self, x):
+        conv = functools.partial(nn.Conv, use_bias=False)
+        norm = functools.partial(BatchNorm, epsilon=1e-3)
+        x = nn.relu6(norm()(conv(8, (3, 3), name="stem")(x)))
+        for block, width in enumerate((8, 12)):
+            wide = 4 * x.shape[-1]
+            y = nn.relu6(norm()(conv(wide, (1, 1), name=f"wide{block}")(x)))
+            depthwise = conv(wide, (3, 3), feature_group_count=wide, name=f"deep{block}")
+            y = nn.relu6(norm()(depthwise(y)))
+            squeezed = nn.relu(nn.Dense(4, name=f"squeeze{block}")(y.mean((1, 2))))
+            gate = nn.sigmoid(nn.Dense(wide, name=f"excite{block}")(squeezed))
+            y = norm()(conv(width, (1, 1), name=f"narrow{block}")(y * gate[:, None, None]))
+            x = x + y if x.shape == y.shape else y
+        return nn.Dense(5, name="head")(x.mean((1, 2)))
+
+
+class ConvNeXt(nn.Module):
+    """LayerNorm over channels, depthwise convolutions with bias, zero-initialised LayerScale."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.Conv(8, (2, 2), strides=2, name="stem")(x))
+        for block in range(2):
+            y = nn.Conv(8, (7, 7), feature_group_count=8, name=f"deep{block}")(x)
+            y = nn.gelu(nn.Dense(32, name=f"up{block}")(nn.LayerNorm()(y)))
+            y = nn.Dense(8, name=f"down{block}")(y)
+            x = x + y * self.param(f"scale{block}", nn.initializers.zeros, (8,))
+        return nn.Dense(4, name="head")(nn.LayerNorm()(x.mean((1, 2))))
+
+
 class WeightNormed(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -191,6 +225,37 @@ MODELS = {
         lambda: linen(ResNet(), IMAGES),
         {f"{name}/kernel": FILTER for name in ("stem", "wide0", "wide1", "deep0", "deep1")}
         | {"shortcut1/kernel": FILTER},
+    ),
+    "MobileNet": (
+        lambda: linen(MobileNet(), IMAGES),
+        {"stem/kernel": FILTER}
+        | {f"{name}{i}/kernel": FILTER for name in ("wide", "deep", "narrow") for i in (0, 1)},
+    ),
+    "ConvNeXt": (
+        lambda: linen(ConvNeXt(), IMAGES),
+        {
+            f"{name}/{leaf}": JOINT_LAYER
+            for name in ("stem", "deep0", "deep1")
+            for leaf in ("kernel", "bias")
+        },
+    ),
+    "a layer before ReLU and a layer before RMSNorm": (
+        lambda: (
+            lambda p, x: rms_norm(jax.nn.relu(x @ p["a"]["w"] + p["a"]["b"]) @ p["b"]["w"]),
+            {"a": zeros(w=(6, 8), b=(8,)), "b": zeros(w=(8, 5))},
+            VECTORS,
+            {},
+        ),
+        {"a/w": JOINT_LAYER, "a/b": JOINT_LAYER, "b/w": LAYER},
+    ),
+    "deep without a norm": (
+        lambda: (
+            lambda p, x: functools.reduce(lambda x, w: x + jax.nn.relu(x @ w), p["w"], x),
+            {"w": [jnp.zeros((6, 6))] * 100},
+            VECTORS,
+            {},
+        ),
+        {},
     ),
     "bias before BatchNorm": (
         lambda: linen(ConvNet("batch"), IMAGES),
@@ -338,8 +403,9 @@ def test_every_leaf_is_right(name, dtype):
         assert all(len({path.rsplit("/", 1)[0] for path in paths}) == 1 for paths in joint)
         # The gap is orders of magnitude; epsilon, not rounding, makes float64 no better.
         assert found.invariant_up_to < 3e-3
-        assert found.others_from > 0.05
-        assert found.forward_passes == 15
+        assert found.others_from > 0.03
+        overflowed = name == "deep without a norm" and dtype == "float32"
+        assert found.forward_passes == (27 if overflowed else 15)
         so.check_radial_groups(fn, params, found, x)
 
 
