@@ -8,9 +8,15 @@ import numpy as np
 
 
 def check_number(
-    who: str, name: str, value: Any, *, above: float | None = None, below: float = math.inf
+    who: str,
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    below: float = math.inf,
+    most: float | None = None,
 ) -> None:
-    """Raises unless 0 <= value < below, or with `above` unless above < value < below.
+    """Raises unless 0 <= value < below; `above` and `most` replace the two bounds.
 
     Traced values pass: they cannot be looked at.
     """
@@ -24,8 +30,10 @@ def check_number(
         )
     number = float(value)
     inside = number >= 0 if above is None else number > above
-    if not (inside and number < below):
-        interval = f"[0, {below})" if above is None else f"({above}, {below})"
+    inside = inside and (number < below if most is None else number <= most)
+    if not inside:
+        start = "[0" if above is None else f"({above}"
+        interval = f"{start}, {below})" if most is None else f"{start}, {most}]"
         found = f"{number}"
         if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
             found += f" in {value.dtype}; give optax.inject_hyperparams hyperparam_dtype=float32"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from spherical_optax.groups import RadialGroup
 
-__all__ = ["angle", "inner", "norm", "project", "retract", "scale", "spread", "transport"]
+__all__ = ["angle", "center", "inner", "norm", "project", "retract", "scale", "spread", "transport"]
 
 Arrays = TypeVar("Arrays")
 """An array, or for joint groups a pytree of arrays."""
@@ -182,6 +182,31 @@ def project(v: Arrays, x: Arrays, group: Any) -> Arrays:
     return jax.tree.map(
         lambda g, a, b: (wide(a) - spread(radial, b, g) * wide(b)).astype(a.dtype), group, v, x
     )
+
+
+def center(x: Arrays, group: Any) -> Arrays:
+    """Each group without the mean of its entries.
+
+    ```
+    x - mean(x)
+    ```
+
+    Args:
+      x: An array, or a pytree of them for joint groups.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      Arrays like x, of x's dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import geometry, per_filter
+      >>> geometry.center(jnp.array([[1., 0.], [3., 0.]]), per_filter())
+      Array([[-1.,  0.], [ 1.,  0.]], dtype=float32)
+    """
+    ones = jax.tree.map(lambda a: jnp.ones_like(a), x)
+    mean = inner(x, ones, group) / inner(ones, ones, group)
+    return jax.tree.map(lambda g, a: (wide(a) - spread(mean, a, g)).astype(a.dtype), group, x)
 
 
 def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:

@@ -40,6 +40,19 @@ def transport(inner):
     return factory
 
 
+def project_if_tangent(decay, delta, weight_decay, groups):
+    inner = optax.trace(decay)
+    return so.project_if_tangent(inner, groups, delta=delta, weight_decay=weight_decay)
+
+
+def hyperball(decay, learning_rate, groups):
+    return so.hyperball(optax.scale_by_adam(decay), learning_rate, groups=groups)
+
+
+def rotational(decay, learning_rate, average_angle, groups):
+    return so.rotational(optax.trace(decay), learning_rate, average_angle, groups=groups)
+
+
 TABLE = {
     "project_radial": Entry(so.project_radial, {}),
     "scale_by_adams": Entry(so.scale_by_adams, {"b1": 0.8, "b2": 0.9, "eps": 1e-6}),
@@ -65,6 +78,31 @@ TABLE = {
     "adamsrt": Entry(so.adamsrt, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "sgdmrt": Entry(so.sgdmrt, {"learning_rate": 0.1, "momentum": 0.8, "dampening": 0.1}),
     "adamg": Entry(so.adamg, {"learning_rate": 0.1, "b1": 0.8}),
+    "adamg_star": Entry(functools.partial(so.adamg_star, 0.1, 0.1), {}),
+    "scale_by_adamg_star": Entry(functools.partial(so.scale_by_adamg_star, 0.1, 0.1), {}),
+    "normalize_updates": Entry(so.normalize_updates, {}),
+    "normalize_updates(decay)": Entry(so.normalize_updates, {"decay": 0.8, "eps": 1e-6}),
+    "center_updates": Entry(so.center_updates, {}),
+    "project_if_tangent": Entry(
+        project_if_tangent,
+        {"decay": 0.8, "delta": 1.0, "weight_decay": 0.1},
+    ),
+    "adamp": Entry(so.adamp, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.1, "delta": 1.0}),
+    "adamp(nesterov)": Entry(
+        functools.partial(so.adamp, nesterov=True), {"learning_rate": 0.1, "b1": 0.8}
+    ),
+    "sgdp": Entry(so.sgdp, {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.1}),
+    "hyperball": Entry(
+        hyperball,
+        {"decay": 0.8, "learning_rate": 0.1},
+    ),
+    "rotational": Entry(
+        rotational,
+        {"decay": 0.8, "learning_rate": 0.1, "average_angle": 0.1},
+    ),
+    "rotational_adamw": Entry(so.rotational_adamw, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    "rotational_sgdm": Entry(so.rotational_sgdm, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    "rotational_lion": Entry(so.rotational_lion, {"learning_rate": 0.1, "weight_decay": 0.1}),
 }
 
 
@@ -371,7 +409,7 @@ def test_zero_norm_groups_and_zero_gradients_stay_finite(entry, dtype):
 
 
 def test_donated_buffers(entry, x64):
-    tx, params, grads = build(entry, x64), params_of("float64"), gradients("float64")
+    tx, params, grads = build(entry), params_of("float64"), gradients("float64")
     expected = run(tx, params, grads)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -6,17 +6,31 @@ a joint group; a leaf without a group keeps one zero there, so that every tree i
 state has the structure of the parameters.
 """
 
+from spherical_optax.transforms._adamg_star import ScaleByAdamGStarState, scale_by_adamg_star
 from spherical_optax.transforms._adams import ScaleByAdamsState, scale_by_adams
+from spherical_optax.transforms._invariance import ProjectIfTangentState, project_if_tangent
+from spherical_optax.transforms._normalize import (
+    NormalizeUpdatesState,
+    center_updates,
+    normalize_updates,
+)
 from spherical_optax.transforms._project import project_radial
 from spherical_optax.transforms._retract import RetractState, retract
 from spherical_optax.transforms._transport import TransportMomentsState, transport_moments
 
 __all__ = [
+    "NormalizeUpdatesState",
+    "ProjectIfTangentState",
     "RetractState",
+    "ScaleByAdamGStarState",
     "ScaleByAdamsState",
     "TransportMomentsState",
+    "center_updates",
+    "normalize_updates",
+    "project_if_tangent",
     "project_radial",
     "retract",
+    "scale_by_adamg_star",
     "scale_by_adams",
     "transport_moments",
 ]

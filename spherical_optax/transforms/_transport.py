@@ -127,7 +127,7 @@ def transport_moments(
         require_params("transport_moments", params)
         x, _ = _trees.flatten(params)
         radius, radius_treedef = _trees.flatten(state.radius)
-        first, second = _find_moments(state.inner_state, params, names)
+        first, second = find_moments(state.inner_state, params, names)
         units = movable(params, x)
         shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
         expected = [shapes.get(i, ()) for i in range(len(x))]
@@ -140,14 +140,14 @@ def transport_moments(
             ratio = jnp.where(moved, old / jnp.where(moved, new, 1), 1)
             if not rescale:
                 ratio = jnp.ones_like(ratio)
-            for field, part in _fields_of(unit, first, kept):
+            for field, part in fields_of(unit, first, kept):
                 m = {i: geometry.wide(kept[field[i]]) for i in part}
                 carried = geometry.scale(ratio, geometry.transport(m, pick(part, x), part), part)
                 for i, group in part.items():
                     here = geometry.spread(moved, x[i], group)
                     moment = jnp.where(here, carried[i], m[i])
                     kept[field[i]] = moment.astype(kept[field[i]].dtype)
-            for field, part in _fields_of(unit, second, kept) if rescale else ():
+            for field, part in fields_of(unit, second, kept) if rescale else ():
                 for i, group in part.items():
                     v = kept[field[i]]
                     factor = (ratio**2).reshape(group.shape(x[i].shape))
@@ -163,7 +163,7 @@ def transport_moments(
 
         kept, inner_treedef = _trees.flatten(inner_state)
         for unit in units:
-            for field, part in _fields_of(unit, first, kept):
+            for field, part in fields_of(unit, first, kept):
                 m = {i: kept[field[i]] for i in part}
                 for i, tangent in geometry.project(m, pick(part, x), part).items():
                     kept[field[i]] = tangent
@@ -194,7 +194,7 @@ def _names(argument: str, names: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Field], list[Field]]:
+def find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Field], list[Field]]:
     """The fields of first and second moments whose leaves stand at the parameters' paths."""
     numbers = {leaf.keys: i for i, leaf in enumerate(_trees.visible_leaves(params))}
     found: dict[tuple[str, ...], Field] = {}
@@ -209,7 +209,7 @@ def _find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Fie
     return first, second
 
 
-def _fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tuple[Field, Unit]]:
+def fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tuple[Field, Unit]]:
     """The fields that hold moments of a unit, with the part of the unit they hold."""
     for field in fields:
         part = {i: g for i, g in unit.items() if i in field and kept[field[i]] is not None}
@@ -220,7 +220,7 @@ def _fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tup
 def _check_moments(inner_state: Any, params: Any, units: list[Unit], names: Names) -> None:
     leaves = _trees.visible_leaves(params)
     kept = _trees.visible_leaves(inner_state)
-    first, second = _find_moments(inner_state, params, names)
+    first, second = find_moments(inner_state, params, names)
     if any(leaf.value is not None for leaf in leaves):
         _check_names(
             leaves, kept, {kept[place].keys for f in first + second for place in f.values()}, names

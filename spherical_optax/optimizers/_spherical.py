@@ -1,8 +1,4 @@
-"""The paper's optimizers, as short chains of the library's transforms.
-
-Arguments that an optax alias has too mean here what they mean there. `groups` is
-required: a spherical optimizer without groups is just Adam or momentum SGD.
-"""
+"""AdamS, AdamSRT, SGD-MRT and AdamG: the optimizers of the paper."""
 
 from typing import Any
 
@@ -11,7 +7,12 @@ import optax
 
 from spherical_optax._checks import check_learning_rate, check_number
 from spherical_optax.groups import Groups
-from spherical_optax.transforms import retract, scale_by_adams, transport_moments
+from spherical_optax.transforms import (
+    retract,
+    scale_by_adamg_star,
+    scale_by_adams,
+    transport_moments,
+)
 
 
 def _coupled_decay(who: str, weight_decay: Any) -> optax.GradientTransformation:
@@ -262,5 +263,56 @@ def adamg(
             rescale=False,
         ),
         optax.scale_by_learning_rate(learning_rate),
+        retract(groups, radius=1.0),
+    )
+
+
+def adamg_star(
+    learning_rate: float, weight_decay: float = 0.0, *, groups: Groups
+) -> optax.GradientTransformationExtraArgs:
+    """AdamG*: traces the directions of SGD with L2, on the unit sphere.
+
+    ```
+    u' = retract(u - (2 beta)^(-1/2) grad L(u) / sqrt(v))        v' = beta v + |grad L(u)|^2
+    beta = (1 - learning_rate weight_decay)^4        v_0 = r_0^4 / (2 learning_rate^2 sqrt(beta))
+    ```
+
+    Equal to SGD to high order in its effective learning rate: what the growing radius does
+    to SGD's steps, the second moment does here. The first step puts each group on its
+    sphere, after which its radius is 1.
+
+    Args:
+      learning_rate: That of the SGD, a number.
+      weight_decay: Its L2 factor, a number.
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD
+        with L2.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> directions = []
+      >>> for tx in (so.adamg_star(0.1, groups=so.per_layer()), optax.sgd(0.1)):
+      ...     params = jnp.array([0., 2.])
+      ...     state = tx.init(params)
+      ...     for _ in range(20):
+      ...         updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...         params = optax.apply_updates(params, updates)
+      ...     directions.append(params / jnp.linalg.norm(params))
+      >>> bool(jnp.linalg.norm(directions[0] - directions[1]) < 1e-5)
+      True
+
+    References:
+      Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).
+    """
+    return optax.chain(
+        scale_by_adamg_star(learning_rate, weight_decay, groups=groups),
         retract(groups, radius=1.0),
     )

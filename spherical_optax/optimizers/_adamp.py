@@ -1,0 +1,172 @@
+"""AdamP and SGDP: Adam and momentum SGD with updates projected where gradients are tangent."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax.groups import Groups
+from spherical_optax.transforms import project_if_tangent
+
+
+def adamp(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    delta: jax.typing.ArrayLike = 0.1,
+    wd_ratio: jax.typing.ArrayLike = 0.1,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamP: AdamW whose updates are projected where gradients look tangent.
+
+    ```
+    p = mhat / (sqrt(vhat) + eps), projected by project_if_tangent
+    x' = x - learning_rate (p + weight_decay x (times wd_ratio where projected))
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+        `optax.adamw`.
+      weight_decay: Decoupled decay.
+      delta: Threshold of the cosine of gradient and weight, times sqrt(d).
+      wd_ratio: Factor of the decay where projected, in [0, 1].
+      nesterov: Whether to use b1 m + (1 - b1) g in place of m, corrected as m is (unlike
+        `optax.adam`, which corrects for one step more).
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.adamp(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      -1.00
+
+    References:
+      Heo et al., AdamP: slowing down the slowdown for momentum optimizers on
+      scale-invariant weights, ICLR 2021.
+    """
+    check_learning_rate("adamp", learning_rate)
+    for name, value, below in (("b1", b1, 1.0), ("b2", b2, 1.0), ("eps", eps, float("inf"))):
+        check_number("adamp", name, value, below=below)
+    adam = _scale_by_nesterov_adam(b1, b2, eps) if nesterov else optax.scale_by_adam(b1, b2, eps)
+    return optax.chain(
+        project_if_tangent(adam, groups, delta=delta, weight_decay=weight_decay, wd_ratio=wd_ratio),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_nesterov_adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+    """`optax.scale_by_adam(nesterov=True)` with the bias correction of the published AdamP."""
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
+
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        ahead = optax.tree.update_moment(updates, mu, b1, 1)
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps),
+            optax.tree.bias_correction(ahead, b1, count),
+            optax.tree.bias_correction(nu, b2, count),
+        )
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def sgdp(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+    dampening: jax.typing.ArrayLike = 0.0,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    delta: jax.typing.ArrayLike = 0.1,
+    wd_ratio: jax.typing.ArrayLike = 0.1,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """SGDP: momentum SGD whose updates are projected where gradients look tangent.
+
+    ```
+    m = momentum m + (1 - dampening) g, projected by project_if_tangent
+    x' = x - learning_rate (m + weight_decay / (1 - momentum) x (times wd_ratio ...))
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      momentum: Decay rate of the momentum, in [0, 1).
+      dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+        `optax.sgd`, with decoupled decay.
+      weight_decay: Decoupled decay, divided by 1 - momentum.
+      delta: Threshold of the cosine of gradient and weight, times sqrt(d).
+      wd_ratio: Factor of the decay where projected, in [0, 1].
+      nesterov: Whether to use Nesterov momentum.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.sgdp(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      -1.00
+
+    References:
+      Heo et al., AdamP, ICLR 2021.
+    """
+    check_learning_rate("sgdp", learning_rate)
+    check_number("sgdp", "momentum", momentum, below=1)
+    check_number("sgdp", "dampening", dampening, below=1)
+    dampened = not (isinstance(dampening, int | float) and dampening == 0)
+    return optax.chain(
+        optax.scale(1 - dampening) if dampened else optax.identity(),
+        project_if_tangent(
+            optax.trace(momentum, nesterov=nesterov),
+            groups,
+            delta=delta,
+            weight_decay=weight_decay / (1 - momentum),
+            wd_ratio=wd_ratio,
+            first_moments=() if nesterov else ("trace",),
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,352 @@
+"""Optimizers that keep each group's radius and set the angle of a step: Hyperball, rotational."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees
+from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax.groups import Groups, radial_units
+from spherical_optax.transforms import center_updates, normalize_updates, project_radial, retract
+
+
+def hyperball(
+    inner: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Hyperball: steps of a given relative length along any direction, at a fixed radius.
+
+    ```
+    x' = r normalize(x - learning_rate r w / |w|)
+    ```
+
+    with w the direction of `inner` and r the radius at `init`. AdamH is
+    `hyperball(optax.scale_by_adam(), ...)`, MuonH
+    `hyperball(optax.contrib.scale_by_muon(), ...)`.
+
+    Args:
+      inner: The transformation that gives the direction.
+      learning_rate: A number or a schedule: the length of a step relative to the radius.
+      groups: See the module `spherical_optax.groups`.
+      other_learning_rate: That of leaves without a group, which take inner's update as it
+        is; `learning_rate` if `None`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a learning rate is negative; at `init`, if `groups` does
+        not fit the parameters or gives no leaf a group.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=so.per_layer())
+      >>> params = jnp.array([3., 4.])
+      >>> updates, _ = tx.update(jnp.array([1., 2.]), tx.init(params), params)
+      >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
+      Array(5., dtype=float32)
+
+    References:
+      Wen et al., Hyperball, 2026.
+    """
+    other = learning_rate if other_learning_rate is None else other_learning_rate
+    check_learning_rate("hyperball", learning_rate)
+    check_learning_rate("hyperball", other)
+    return optax.chain(
+        _require_groups("hyperball", groups),
+        inner,
+        normalize_updates(groups),
+        optax.masked(optax.scale_by_learning_rate(learning_rate), _in_groups(groups, True)),
+        optax.masked(optax.scale_by_learning_rate(other), _in_groups(groups, False)),
+        retract(groups),
+    )
+
+
+def _in_groups(groups: Groups, wanted: bool) -> Callable[[Any], Any]:
+    """A mask for `optax.masked`: the leaves with a group, or those without."""
+
+    def mask(tree: Any) -> Any:
+        grouped = {i for unit in radial_units(groups, tree) for i in unit}
+        leaves, treedef = _trees.flatten_boxes(tree)
+        return treedef.unflatten(
+            [None if leaf is None else (i in grouped) is wanted for i, leaf in enumerate(leaves)]
+        )
+
+    return mask
+
+
+def _require_groups(who: str, groups: Groups) -> optax.GradientTransformation:
+    """Raises at `init` if no leaf has a group."""
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        leaves = _trees.visible_leaves(params)
+        if leaves and not radial_units(groups, params):
+            raise ValueError(
+                f"{who}: expected a group for at least one leaf, found none among "
+                f"{[leaf.path for leaf in leaves]}."
+            )
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+def rotational(
+    inner: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    average_angle: optax.ScalarOrSchedule,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    decay: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+    center: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Rotational variant of any optimizer: each group turns by a given angle on average.
+
+    ```
+    p = w - <w, u> u        s = decay s + (1 - decay) |p|^2
+    x' = r normalize(x - average_angle r p / (sqrt(shat) + eps))
+    ```
+
+    with w the direction of `inner` and r the radius at `init`. Leaves without a group
+    step by learning_rate (w + weight_decay x).
+
+    Args:
+      inner: The transformation that gives the direction.
+      learning_rate: A number or a schedule, for leaves without a group.
+      average_angle: A number or a schedule, in radians per step.
+      groups: See the module `spherical_optax.groups`.
+      weight_decay: Decoupled decay of leaves without a group.
+      decay: Decay rate of the running mean of squared update norms, in [0, 1).
+      eps: Added to the running norm.
+      center: Whether to remove the mean of each group's update; centre the weights before
+        `init` with `geometry.center`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters or gives no leaf a group.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.rotational(optax.trace(0.9), 0.1, 0.01, groups=so.per_layer())
+      >>> params, grads = jnp.array([3., 4.]), jnp.array([1., 2.])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{so.geometry.angle(params, params + updates, so.per_layer()):.4f}")
+      0.0100
+
+    References:
+      Kosson et al., Rotational Equilibrium: how weight decay balances learning across
+      neural networks, ICML 2024, section 4.
+    """
+    check_learning_rate("rotational", learning_rate)
+    check_number("rotational", "weight_decay", weight_decay)
+    if not callable(average_angle):
+        check_number("rotational", "average_angle", average_angle)
+    others = optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
+    )
+    return optax.chain(
+        _require_groups("rotational", groups),
+        inner,
+        center_updates(groups) if center else optax.identity(),
+        project_radial(groups),
+        normalize_updates(groups, decay=decay, eps=eps),
+        optax.masked(optax.scale_by_learning_rate(average_angle), _in_groups(groups, True)),
+        optax.masked(others, _in_groups(groups, False)),
+        retract(groups),
+    )
+
+
+def _equilibrium(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: Any, factor: Any
+) -> optax.ScalarOrSchedule:
+    """The angle sqrt(2 learning_rate weight_decay) factor, at each step."""
+    if callable(learning_rate):
+        return lambda count: jnp.sqrt(2 * learning_rate(count) * weight_decay) * factor
+    return jnp.sqrt(2 * learning_rate * weight_decay) * factor
+
+
+def rotational_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 1e-2,
+    center: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Rotational AdamW: groups turn as AdamW turns them in equilibrium.
+
+    ```
+    average angle = sqrt(2 learning_rate weight_decay (1 - b1) / (1 + b1))
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+        `optax.adamw`.
+      weight_decay: Decoupled decay; with the learning rate it sets the angle.
+      center: See `rotational`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters or gives no leaf a group.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.rotational_adamw(0.1, weight_decay=0.1, groups=so.per_layer())
+      >>> params, grads = jnp.array([3., 4.]), jnp.array([1., 2.])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{so.geometry.angle(params, params + updates, so.per_layer()):.4f}")
+      0.0324
+
+    References:
+      Kosson et al., ICML 2024, table 1.
+    """
+    check_number("rotational_adamw", "b1", b1, below=1)
+    check_number("rotational_adamw", "b2", b2, below=1)
+    check_learning_rate("rotational_adamw", learning_rate)
+    check_number("rotational_adamw", "weight_decay", weight_decay)
+    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt((1 - b1) / (1 + b1)))
+    return rotational(
+        optax.scale_by_adam(b1, b2, eps),
+        learning_rate,
+        angle,
+        groups=groups,
+        weight_decay=weight_decay,
+        center=center,
+    )
+
+
+def rotational_sgdm(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 1e-4,
+    center: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Rotational momentum SGD: groups turn as momentum SGD turns them in equilibrium.
+
+    ```
+    average angle = sqrt(2 learning_rate weight_decay / (1 + momentum))
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      momentum: Decay rate of the momentum, in [0, 1).
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+        `optax.sgd`, with decoupled decay.
+      weight_decay: With the learning rate it sets the angle.
+      center: See `rotational`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters or gives no leaf a group.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.rotational_sgdm(0.1, 0.9, weight_decay=0.1, groups=so.per_layer())
+      >>> params, grads = jnp.array([3., 4.]), jnp.array([1., 2.])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{so.geometry.angle(params, params + updates, so.per_layer()):.4f}")
+      0.1022
+
+    References:
+      Kosson et al., ICML 2024, table 1.
+    """
+    check_number("rotational_sgdm", "momentum", momentum, below=1)
+    check_learning_rate("rotational_sgdm", learning_rate)
+    check_number("rotational_sgdm", "weight_decay", weight_decay)
+    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt(1 / (1 + jnp.asarray(momentum))))
+    return rotational(
+        optax.trace(momentum),
+        learning_rate,
+        angle,
+        groups=groups,
+        weight_decay=weight_decay,
+        center=center,
+    )
+
+
+def rotational_lion(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    *,
+    groups: Groups,
+    weight_decay: jax.typing.ArrayLike = 1e-3,
+    center: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Rotational Lion: groups turn as Lion turns them in equilibrium.
+
+    ```
+    average angle = sqrt(pi learning_rate weight_decay ((1 - b1)^2 + b1^2 (1 - b2) / (1 + b2)))
+    ```
+
+    Args:
+      learning_rate: A number or a schedule.
+      b1: Weight of the momentum in the sign's argument, in [0, 1).
+      b2: Decay rate of the momentum, in [0, 1).
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+        `optax.lion`.
+      weight_decay: With the learning rate it sets the angle.
+      center: See `rotational`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters or gives no leaf a group.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.rotational_lion(0.1, weight_decay=0.1, groups=so.per_layer())
+      >>> params, grads = jnp.array([3., 4.]), jnp.array([1., 2.])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{so.geometry.angle(params, params + updates, so.per_layer()):.4f}")
+      0.0211
+
+    References:
+      Kosson et al., ICML 2024, table 1.
+    """
+    check_number("rotational_lion", "b1", b1, below=1)
+    check_number("rotational_lion", "b2", b2, below=1)
+    check_learning_rate("rotational_lion", learning_rate)
+    check_number("rotational_lion", "weight_decay", weight_decay)
+    spread = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
+    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt(math.pi / 2 * spread))
+    return rotational(
+        optax.scale_by_lion(b1, b2),
+        learning_rate,
+        angle,
+        groups=groups,
+        weight_decay=weight_decay,
+        center=center,
+    )

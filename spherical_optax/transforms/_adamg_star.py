@@ -1,0 +1,116 @@
+"""AdamG*: the Adam on the sphere that SGD with L2 is."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number
+from spherical_optax.groups import Groups, radial_units
+from spherical_optax.transforms._units import (
+    check_state,
+    per_leaf,
+    pick,
+    present,
+    require_params,
+    state_like,
+    zero,
+    zeros_per_group,
+)
+
+
+class ScaleByAdamGStarState(NamedTuple):
+    """State of `scale_by_adamg_star`.
+
+    Attributes:
+      accumulator: v of the formula, one per group: r^4 / (2 learning_rate^2 sqrt(beta)) for
+        the radius r that SGD would have.
+    """
+
+    accumulator: optax.Params
+
+
+def scale_by_adamg_star(
+    learning_rate: float, weight_decay: float, *, groups: Groups
+) -> optax.GradientTransformationExtraArgs:
+    """The step on the sphere that SGD with L2 makes, from a second moment alone.
+
+    ```
+    beta = (1 - learning_rate weight_decay)^4        v_0 = r_0^4 / (2 learning_rate^2 sqrt(beta))
+    step of u:  - (2 beta)^(-1/2) grad L(u) / sqrt(v),   then  v = beta v + |grad L(u)|^2
+    ```
+
+    with grad L(u) = |x| grad L(x) for the direction u = x / |x|; the step of x is |x| times
+    that of u. Leaves without a group take the step of SGD with L2.
+
+    Args:
+      learning_rate: That of the SGD, a number.
+      weight_decay: Its L2 factor, a number; learning_rate weight_decay is below 1.
+      groups: See the module `spherical_optax.groups`.
+
+    Returns:
+      A transformation with state `ScaleByAdamGStarState`; `update` needs params, and
+      includes the learning rate's sign.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> tx = so.scale_by_adamg_star(0.1, 0.0, groups=so.per_layer())
+      >>> params = jnp.array([1., 0.])
+      >>> tx.update(jnp.array([0., 1.]), tx.init(params), params)[0]
+      Array([-0. , -0.1], dtype=float32)
+
+    References:
+      Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).
+    """
+    check_number("scale_by_adamg_star", "learning_rate", learning_rate, above=0)
+    check_number("scale_by_adamg_star", "weight_decay", weight_decay, below=1 / learning_rate)
+    rate, beta = learning_rate, (1 - learning_rate * weight_decay) ** 4
+
+    def init(params: optax.Params) -> ScaleByAdamGStarState:
+        units, x = radial_units(groups, params), _trees.flatten(params)[0]
+        zeros = zeros_per_group(units, x)
+        values: dict[int, jax.Array] = {}
+        for unit in units:
+            square = geometry.inner(pick(unit, x), pick(unit, x), unit)
+            values |= per_leaf(square**2 / (2 * learning_rate**2 * math.sqrt(beta)), unit, zeros)
+        return ScaleByAdamGStarState(state_like(params, values, zero))
+
+    def update(
+        updates: optax.Updates,
+        state: ScaleByAdamGStarState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdamGStarState]:
+        del extra_args
+        require_params("scale_by_adamg_star", params)
+        (g, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        kept, kept_treedef = _trees.flatten(state.accumulator)
+        units = radial_units(groups, params)
+        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
+        check_state("scale_by_adamg_star", params, kept, [shapes.get(i, ()) for i in range(len(x))])
+        steps: list[Any] = [
+            None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
+            for leaf, w in zip(g, x, strict=True)
+        ]
+        for unit in present(units, g):
+            v, grads = kept[next(iter(unit))], pick(unit, g)
+            square = geometry.inner(pick(unit, x), pick(unit, x), unit)
+            root = geometry.safe_sqrt(2 * beta * v)
+            # Without a direction, or a second moment, the step is that of SGD.
+            known = (square > 0) & (root > 0)
+            factor = jnp.where(known, -square / jnp.where(known, root, 1), -rate)
+            scaled = geometry.scale(factor, grads, unit)
+            v = beta * v + square * geometry.inner(grads, grads, unit)
+            for i, value in per_leaf(v, unit, kept).items():
+                steps[i], kept[i] = scaled[i], value
+        return treedef.unflatten(steps), ScaleByAdamGStarState(kept_treedef.unflatten(kept))
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,137 @@
+"""AdamP's projection: where gradients look tangent, updates are made so."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number
+from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.transforms._transport import Names, fields_of, find_moments
+from spherical_optax.transforms._units import Unit, pick, present, require_params
+
+
+class ProjectIfTangentState(NamedTuple):
+    """State of `project_if_tangent`.
+
+    Attributes:
+      inner_state: The wrapped transformation's state.
+    """
+
+    inner_state: optax.OptState
+
+
+def project_if_tangent(
+    inner: optax.GradientTransformation,
+    groups: Groups,
+    *,
+    delta: jax.typing.ArrayLike = 0.1,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    wd_ratio: jax.typing.ArrayLike = 0.1,
+    first_moments: tuple[str, ...] = (),
+) -> optax.GradientTransformationExtraArgs:
+    """Projects the inner update where gradients are nearly orthogonal to the weights.
+
+    ```
+    p = inner(g)
+    if |cos(g, x)| < delta / sqrt(d) for all groups of a layer:    p = p - <p, u> u
+    else, the same for the layer as one group of all its entries
+    p + weight_decay x (times wd_ratio where projected)
+    ```
+
+    A layer is a leaf, or for a joint label all its leaves; where several axes index the
+    groups, all of them but the last index the layers, as a stacking axis does.
+
+    Args:
+      inner: The transformation that gives the update.
+      groups: See the module `spherical_optax.groups`. Leaves without a group are not
+        projected, and decay in full.
+      delta: Threshold of the cosine, at least 0.
+      weight_decay: Decoupled decay, before the learning rate.
+      wd_ratio: Factor of the decay where projected, in [0, 1].
+      first_moments: Fields of the inner state to project where the update is, as the
+        published SGDP does to its momentum.
+
+    Returns:
+      A transformation with state `ProjectIfTangentState`; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> tx = so.project_if_tangent(optax.trace(0.9), groups=so.per_layer())
+      >>> params = jnp.array([1., 0.])
+      >>> updates, state = tx.update(jnp.array([1., 1.]), tx.init(params), params)
+      >>> updates  # not tangent: left alone
+      Array([1., 1.], dtype=float32)
+      >>> tx.update(jnp.array([0., 1.]), state, params)[0]  # the old radial part is removed
+      Array([0. , 1.9], dtype=float32)
+
+    References:
+      Heo et al., AdamP, ICLR 2021, algorithm 2 and equation 11.
+    """
+    check_number("project_if_tangent", "delta", delta)
+    check_number("project_if_tangent", "weight_decay", weight_decay)
+    check_number("project_if_tangent", "wd_ratio", wd_ratio, most=1)
+    wrapped = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> ProjectIfTangentState:
+        radial_units(groups, params)
+        return ProjectIfTangentState(wrapped.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: ProjectIfTangentState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ProjectIfTangentState]:
+        require_params("project_if_tangent", params)
+        (g, _), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        updates, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
+        p, treedef = _trees.flatten(updates)
+        kept, inner_treedef = _trees.flatten(inner_state)
+        fields, _ = find_moments(inner_state, params, Names(first_moments, ()))
+        factor: list[Any] = [1.0] * len(x)
+        for unit in present(radial_units(groups, params), g):
+            layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
+            xs, gs = pick(unit, x), pick(unit, g)
+            near = _cosine(gs, xs, unit) < delta / math.sqrt(group_size(unit, x))
+            first = next(iter(unit.values()))
+            by_group = jnp.all(near, axis=-1) if first.index_axes else near
+            by_layer = _cosine(gs, xs, layer) < delta / math.sqrt(group_size(layer, x))
+            ratio = jnp.where(by_group | by_layer, wd_ratio, 1)
+            places = [(p, {i: i for i in unit})] + [
+                (kept, f) for f, _ in fields_of(unit, fields, kept)
+            ]
+            for leaves, where in places:
+                v = {i: leaves[where[i]] for i in unit}
+                fine, coarse = geometry.project(v, xs, unit), geometry.project(v, xs, layer)
+                for i, group in layer.items():
+                    finely = geometry.spread(by_group, x[i], group)
+                    coarsely = geometry.spread(by_layer, x[i], group)
+                    chosen = jnp.where(finely, fine[i], jnp.where(coarsely, coarse[i], v[i]))
+                    leaves[where[i]], factor[i] = chosen, geometry.spread(ratio, x[i], group)
+        decayed = [
+            leaf if leaf is None else (leaf + weight_decay * f * w).astype(leaf.dtype)
+            for leaf, f, w in zip(p, factor, x, strict=True)
+        ]
+        return treedef.unflatten(decayed), ProjectIfTangentState(inner_treedef.unflatten(kept))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _without_last(group: RadialGroup, ndim: int) -> RadialGroup:
+    return RadialGroup(index_axes=group.axes(ndim)[:-1])
+
+
+def _cosine(g: dict[int, jax.Array], x: dict[int, jax.Array], unit: Unit) -> jax.Array:
+    """|cos(g, x)| of each group, 0 where either is zero."""
+    size = geometry.norm(g, unit) * geometry.norm(x, unit)
+    return jnp.abs(geometry.inner(g, x, unit)) / jnp.where(size == 0, 1, size)

@@ -1,0 +1,174 @@
+"""Normalization: updates as long as their group's radius, so that a step is an angle."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number
+from spherical_optax.groups import Groups, radial_units
+from spherical_optax.transforms._units import (
+    Unit,
+    check_state,
+    per_leaf,
+    pick,
+    present,
+    require_params,
+    state_like,
+    zero,
+    zeros_per_group,
+)
+
+
+class NormalizeUpdatesState(NamedTuple):
+    """State of `normalize_updates` with a running mean.
+
+    Attributes:
+      steps: Number of updates so far.
+      mean_square: Running mean of |v|^2, one per group.
+    """
+
+    steps: jax.Array
+    mean_square: optax.Params
+
+
+def normalize_updates(
+    groups: Groups,
+    decay: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each group's update to the length of its weights.
+
+    ```
+    |x| v / |v|                                  without decay (v where |x| = 0)
+    |x| v / (sqrt(mean of |v|^2) + eps)          with decay: the length on average
+    mean of |v|^2 = decay mean of |v|^2 + (1 - decay) |v|^2, corrected for its bias
+    ```
+
+    Times a learning rate, a tangent update then turns its group by that many radians, to
+    first order. Leaves without a group keep their update.
+
+    Args:
+      groups: See the module `spherical_optax.groups`.
+      decay: Decay rate of the running mean, in [0, 1), or `None` for this update's length.
+      eps: Added to the running length.
+
+    Returns:
+      A transformation with state `NormalizeUpdatesState`, or none without decay; `update`
+      needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> tx = so.normalize_updates(groups=so.per_layer())
+      >>> params = jnp.array([3., 4.])
+      >>> updates, _ = tx.update(jnp.array([0., 7.]), tx.init(params), params)
+      >>> updates
+      Array([0., 5.], dtype=float32)
+    """
+    if decay is not None:
+        check_number("normalize_updates", "decay", decay, below=1)
+    check_number("normalize_updates", "eps", eps)
+
+    def init(params: optax.Params) -> NormalizeUpdatesState | optax.EmptyState:
+        units = radial_units(groups, params)
+        if decay is None:
+            return optax.EmptyState()
+        zeros = zeros_per_group(units, _trees.flatten(params)[0])
+        return NormalizeUpdatesState(jnp.zeros([], jnp.int32), state_like(params, zeros, zero))
+
+    def update(
+        updates: optax.Updates,
+        state: NormalizeUpdatesState | optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, NormalizeUpdatesState | optax.EmptyState]:
+        del extra_args
+        require_params("normalize_updates", params)
+        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        units = radial_units(groups, params)
+        if decay is None:
+            for unit in present(units, v):
+                factor = _factor(pick(unit, x), unit, geometry.norm(pick(unit, v), unit))
+                for i, leaf in geometry.scale(factor, pick(unit, v), unit).items():
+                    v[i] = leaf
+            return treedef.unflatten(v), state
+
+        kept, kept_treedef = _trees.flatten(state.mean_square)
+        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
+        check_state("normalize_updates", params, kept, [shapes.get(i, ()) for i in range(len(x))])
+        steps = optax.safe_increment(state.steps)
+        for unit in present(units, v):
+            mean = kept[next(iter(unit))]
+            square = geometry.inner(pick(unit, v), pick(unit, v), unit).astype(mean.dtype)
+            mean = decay * mean + (1 - decay) * square
+            length = geometry.safe_sqrt(mean / (1 - decay ** steps.astype(mean.dtype))) + eps
+            factor = _factor(pick(unit, x), unit, length)
+            scaled = geometry.scale(factor, pick(unit, v), unit)
+            for i, value in per_leaf(mean, unit, kept).items():
+                v[i], kept[i] = scaled[i], value
+        return treedef.unflatten(v), NormalizeUpdatesState(steps, kept_treedef.unflatten(kept))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _factor(x: dict[int, jax.Array], unit: Unit, length: jax.Array) -> jax.Array:
+    """|x| / length, and 1 where either is zero."""
+    radius = geometry.norm(x, unit)
+    return jnp.where((radius > 0) & (length > 0), radius / jnp.where(length == 0, 1, length), 1)
+
+
+def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
+    """Removes the mean of each group's update.
+
+    ```
+    v - mean(v)
+    ```
+
+    Weights that were centred before the first step, as by `geometry.center`, stay so.
+
+    Args:
+      groups: See the module `spherical_optax.groups`.
+
+    Returns:
+      A stateless transformation.
+
+    Raises:
+      TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> tx = so.center_updates(groups=so.per_layer())
+      >>> params = jnp.array([1., 3.])
+      >>> tx.update(params, tx.init(params))[0]
+      Array([-1.,  1.], dtype=float32)
+
+    References:
+      Kosson et al., Rotational Equilibrium, ICML 2024.
+    """
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        radial_units(groups, params)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params, extra_args
+        v, treedef = _trees.flatten(updates)
+        for unit in present(radial_units(groups, updates), v):
+            for i, leaf in geometry.center(pick(unit, v), unit).items():
+                v[i] = leaf
+        return treedef.unflatten(v), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,320 @@
+"""AdamP, Hyperball and the rotational variants: their formulas and what they conserve."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import spherical_optax as so
+from spherical_optax import geometry
+
+FILTER, LAYER = so.per_filter(), so.per_layer()
+
+
+def normal(seed, shape, dtype=None):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def run(tx, params, grads):
+    state, path = tx.init(params), [params]
+    update = jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path
+
+
+# --- AdamP ------------------------------------------------------------------------------
+
+
+def test_layers_stacked_by_scan_decide_each_for_itself(x64):
+    """One layer has tangent gradients and the other not; stacked, as apart."""
+    layers = [normal(0, (5, 3)), normal(1, (5, 3))]
+    grads = [
+        [geometry.project(normal(seed, (5, 3)), layers[0], FILTER), layers[1]] for seed in (2, 3)
+    ]
+    make = lambda group: so.adamp(1e-3, groups=group, weight_decay=0.1)  # noqa: E731
+    apart = run(make(FILTER), layers, grads)
+    stacked = run(
+        make(so.RadialGroup(index_axes=(0, -1))),
+        jnp.stack(layers),
+        [jnp.stack(pair) for pair in grads],
+    )
+    for a, b in zip(apart, stacked, strict=True):
+        np.testing.assert_allclose(jnp.stack(a), b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tangent", [True, False])
+def test_projection_and_decay_follow_the_cosine(tangent, x64):
+    x, v = normal(0, (30, 4)), normal(1, (30, 4))
+    g = geometry.project(v, x, FILTER) if tangent else v + x
+    tx = so.project_if_tangent(optax.scale(1.0), FILTER, weight_decay=0.5, wd_ratio=0.2)
+    updates, _ = tx.update(g, tx.init(x), x)
+    expected = g + (0.1 if tangent else 0.5) * x
+    np.testing.assert_allclose(updates, expected, rtol=1e-12)
+
+
+def test_whole_layer_where_single_filters_are_not_tangent(x64):
+    """Two filters with opposite radial gradients: only together orthogonal."""
+    x = jnp.eye(6)[:, :2]
+    g = jnp.stack([x[:, 0], -x[:, 1]], axis=1) + 0.01 * normal(0, (6, 2))
+    p = normal(1, (6, 2))
+    tx = so.project_if_tangent(optax.stateless(lambda updates, params: p), FILTER, delta=0.5)
+    updates, _ = tx.update(g, tx.init(x), x)
+    np.testing.assert_allclose(updates, geometry.project(p, x, LAYER), rtol=1e-12)
+
+
+# --- Hyperball --------------------------------------------------------------------------
+
+INNERS = {
+    "adam": optax.scale_by_adam,
+    "lion": optax.scale_by_lion,
+    "muon": optax.contrib.scale_by_muon,
+}
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_hyperball_formula(name, x64):
+    x, grads = normal(0, (6, 6)), normal(1, (8, 6, 6))
+    schedule = optax.linear_schedule(0.1, 0.01, 8)
+    path = run(so.hyperball(INNERS[name](), schedule, groups=LAYER), x, grads)
+    inner = INNERS[name]()
+    state, expected, radius = inner.init(x), x, np.linalg.norm(x)
+    for t, g in enumerate(grads):
+        w, state = inner.update(g, state, expected)
+        moved = expected - schedule(t) * radius * w / np.linalg.norm(w)
+        expected = radius * moved / np.linalg.norm(moved)
+        np.testing.assert_allclose(path[t + 1], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_leaves_without_a_group_take_the_inner_direction():
+    params = {"a": normal(0, (4, 3), "float32"), "b": normal(1, (3,), "float32")}
+    groups, grads = {"a": FILTER, "b": None}, [params] * 3
+    for other, rate in ((None, 0.1), (0.01, 0.01)):
+        tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=groups, other_learning_rate=other)
+        plain = run(optax.adam(rate), params["b"], [g["b"] for g in grads])
+        for a, b in zip(run(tx, params, grads), plain, strict=True):
+            np.testing.assert_allclose(a["b"], b, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 1e-3), ("float32", 1e-6)])
+def test_the_radius_does_not_drift(dtype, tolerance):
+    tx = so.hyperball(optax.scale_by_adam(), 0.01, groups=LAYER)
+    x = normal(0, (512,), dtype)
+    state = tx.init(x)
+
+    def body(carry, key):
+        params, state = carry
+        updates, state = tx.update(jax.random.normal(key, (512,), dtype), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(body, (x, state), jax.random.split(jax.random.key(0), 2000))
+    assert geometry.angle(x, params, LAYER) > 0.1
+    np.testing.assert_allclose(
+        geometry.norm(params, LAYER), geometry.norm(x, LAYER), rtol=tolerance
+    )
+
+
+# --- rotational -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_rotational_formula(center, x64):
+    """The update of the paper's algorithm, one group a vector, in NumPy."""
+    x, grads = normal(0, (9, 2)), normal(1, (12, 9, 2))
+    x = geometry.center(x, FILTER) if center else x
+    tx = so.rotational(
+        optax.trace(0.5), 0.1, 0.05, groups=FILTER, decay=0.8, eps=1e-8, center=center
+    )
+    path = run(tx, x, grads)
+    for column in range(2):
+        p = np.asarray(x)[:, column]
+        radius, m, square = np.linalg.norm(p), 0.0, 0.0
+        for t, g in enumerate(np.asarray(grads)[:, :, column], start=1):
+            m = 0.5 * m + g
+            d = m - m.mean() if center else m
+            d = d - p * (d @ p) / radius**2
+            square = 0.2 * (d @ d) + 0.8 * square
+            p = p - 0.05 * radius * d / (np.sqrt(square / (1 - 0.8**t)) + 1e-8)
+            p = p * radius / np.linalg.norm(p)
+            np.testing.assert_allclose(path[t][:, column], p, rtol=1e-10)
+            if center:
+                assert abs(path[t][:, column].mean()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "angle"),
+    [
+        (lambda **k: so.rotational_adamw(0.01, b1=0.8, **k), math.sqrt(2e-3 * 0.2 / 1.8)),
+        (lambda **k: so.rotational_sgdm(0.01, momentum=0.8, **k), math.sqrt(2e-3 / 1.8)),
+        (
+            lambda **k: so.rotational_lion(0.01, b1=0.8, b2=0.9, **k),
+            math.sqrt(math.pi / 2) * math.sqrt(2e-3) * math.sqrt(0.04 + 0.64 * 0.1 / 1.9),
+        ),
+    ],
+    ids=["adamw", "sgdm", "lion"],
+)
+def test_average_angle(make, angle, x64):
+    """Groups turn by the predicted angle on average, and keep their radius."""
+    x, grads = normal(0, (200, 3)), normal(1, (100, 200, 3))
+    path = run(make(groups=FILTER, weight_decay=0.1), x, grads)
+    turned = [geometry.angle(a, b, FILTER) for a, b in itertools.pairwise(path)]
+    assert np.mean(turned[50:]) == pytest.approx(angle, rel=0.02)
+    np.testing.assert_allclose(
+        geometry.norm(path[-1], FILTER), geometry.norm(x, FILTER), rtol=1e-12
+    )
+
+
+def test_rotational_schedule_and_leaves_without_a_group(x64):
+    """The angle follows the schedule's root; other leaves follow AdamW."""
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    params = {"a": normal(0, (50, 3)), "b": normal(1, (4,))}
+    grads = [{"a": normal(s, (50, 3)), "b": normal(s, (4,))} for s in range(6)]
+    tx = so.rotational_adamw(schedule, groups={"a": FILTER, "b": None}, weight_decay=0.1)
+    path = run(tx, params, grads)
+    adamw = run(optax.adamw(schedule, weight_decay=0.1), params["b"], [g["b"] for g in grads])
+    for a, b in zip(path, adamw, strict=True):
+        np.testing.assert_allclose(a["b"], b, rtol=1e-12)
+    first = geometry.angle(path[0]["a"], path[1]["a"], FILTER)
+    # In one step from 0 the running mean is this update's norm: the angle is exact.
+    np.testing.assert_allclose(jnp.tan(first), math.sqrt(2 * 0.01 * 0.1 / 1.9), rtol=1e-6)
+
+
+# --- AdamG* -----------------------------------------------------------------------------
+
+
+def radially_invariant_grads(x):
+    """Of a smooth random loss of the direction."""
+    matrix, vector = normal(7, (10, 10)), normal(8, (10,))
+
+    def loss(x):
+        u = x / jnp.linalg.norm(x)
+        return u @ matrix @ u + jnp.sin(u @ vector)
+
+    return jax.grad(loss)(x)
+
+
+def directions(tx, steps):
+    x = normal(9, (10,))
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = tx.update(radially_invariant_grads(params), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params / jnp.linalg.norm(params)
+
+    return jax.lax.scan(body, (x, tx.init(x)), length=steps)[1]
+
+
+def test_adamg_star_traces_the_directions_of_sgd_with_l2(x64):
+    """The same time at ever smaller learning rates: the error falls as their power."""
+    errors = []
+    for rate in (0.04, 0.02, 0.01):
+        steps = int(8 / rate)
+        sgd = optax.chain(optax.add_decayed_weights(0.05), optax.sgd(rate))
+        expected = directions(sgd, steps)
+        path = directions(so.adamg_star(rate, 0.05, groups=LAYER), steps)
+        assert geometry.angle(expected[0], expected[-1], LAYER) > 0.5
+        errors.append(float(jnp.linalg.norm(path - expected, axis=1).max()))
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert min(orders) > 1.9
+    assert errors[-1] < 1e-3
+
+
+# --- momentum transport around other optimizers -----------------------------------------
+
+AROUND = {
+    "adam": (optax.scale_by_adam, {}),
+    "lion": (optax.scale_by_lion, {}),
+    "yogi": (lambda: optax.scale_by_yogi(eps=0.0, initial_accumulator_value=0.0), {}),
+    "nesterov": (lambda: optax.trace(0.9, nesterov=True), {}),
+    "adan": (
+        lambda: optax.scale_by_adan(eps=1e-30),
+        {"first_moments": ("m", "v", "g"), "second_moments": ("n",)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_transported_moments_of_any_optimizer_are_tangent(name, x64):
+    make, names = AROUND[name]
+    tx = so.transport_moments(make(), LAYER, **names)
+    x = normal(9, (10,))
+    state = tx.init(x)
+    for _ in range(10):
+        start = x
+        updates, state = tx.update(radially_invariant_grads(x) + 0.1 * x, state, x)
+        x = x - 0.02 * updates
+        for field in set(names.get("first_moments", ("mu", "trace"))):
+            moment = optax.tree.get(state.inner_state, field)
+            if moment is not None:
+                radial = jnp.vdot(moment, start) / jnp.linalg.norm(start)
+                assert abs(radial) <= 1e-12 * jnp.linalg.norm(moment)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_rescaled_initial_weights_trace_the_same_directions(name, x64):
+    """With the learning rate scaled by the degree of the update in the radius, plus one."""
+    make, names = AROUND[name]
+    power = 2 if name == "nesterov" else 1
+    tx = so.transport_moments(make(), LAYER, **names)
+    paths = []
+    for c in (1.0, 3.0):
+        x, path = c * normal(9, (10,)), []
+        state = tx.init(x)
+        for _ in range(15):
+            updates, state = tx.update(radially_invariant_grads(x), state, x)
+            x = x - 0.01 * c**power * updates
+            path.append(x / jnp.linalg.norm(x))
+        paths.append(jnp.stack(path))
+    moved = geometry.angle(paths[0][0], paths[0][-1], LAYER)
+    assert moved > 0.03
+    # optax.scale_by_adam's epsilon, 1e-8, is not scaled.
+    np.testing.assert_allclose(*paths, atol=1e-6)
+
+
+# --- bad input --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: so.adamp(0.1, groups=FILTER, delta=-1.0), r"delta in \[0, inf\), found -1\.0"),
+        (lambda: so.adamp(0.1, groups=FILTER, wd_ratio=1.5), r"wd_ratio in \[0, 1\], found 1\.5"),
+        (lambda: so.sgdp(0.1, 1.0, groups=FILTER), r"sgdp: expected momentum in \[0, 1\)"),
+        (
+            lambda: so.hyperball(optax.trace(0.9), -0.1, groups=FILTER),
+            r"hyperball: expected learning_rate in \[0, inf\), found -0\.1",
+        ),
+        (
+            lambda: so.rotational(optax.trace(0.9), 0.1, -1.0, groups=FILTER),
+            r"rotational: expected average_angle in \[0, inf\)",
+        ),
+        (lambda: so.rotational_lion(0.1, b2=2.0, groups=FILTER), r"b2 in \[0, 1\), found 2\.0"),
+        (lambda: so.adamg_star(0.0, groups=FILTER), r"learning_rate in \(0, inf\), found 0\.0"),
+        (lambda: so.adamg_star(0.5, 2.0, groups=FILTER), r"weight_decay in \[0, 2\.0\)"),
+        (lambda: so.normalize_updates(FILTER, decay=1.0), r"decay in \[0, 1\), found 1\.0"),
+    ],
+)
+def test_numbers_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        so.hyperball(optax.trace(0.9), 0.1, groups={"a": None, "b": None}),
+        so.rotational_adamw(0.1, groups=False),
+    ],
+    ids=["hyperball", "rotational"],
+)
+def test_no_leaf_with_a_group(tx):
+    message = r"a group for at least one leaf, found none among \['a', 'b'\]"
+    with pytest.raises(ValueError, match=message):
+        tx.init({"a": jnp.ones((2, 2)), "b": jnp.ones(2)})
