@@ -269,8 +269,8 @@ def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:
     step = jax.tree.map(lambda a, b: wide(b) - wide(a), x, y)
     tangent = norm(project(step, x, group), group)
     radial = _safe_divide(inner(x, y, group), norm(x, group))
-    degenerate = (tangent == 0) & (radial == 0)
-    return jnp.arctan2(tangent, jnp.where(degenerate, 1, radial))
+    degenerate = (inner(x, x, group) == 0) | (inner(y, y, group) == 0)
+    return jnp.arctan2(jnp.where(degenerate, 0, tangent), jnp.where(degenerate, 1, radial))
 
 
 def retract(

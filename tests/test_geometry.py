@@ -144,6 +144,15 @@ def test_angle_of_opposite_directions():
     assert geometry.angle(x, -x, so.per_layer()) == pytest.approx(np.pi, rel=1e-6)
 
 
+@pytest.mark.parametrize("zero", ["x", "y", "both"])
+def test_angle_of_zero_groups_is_zero(group, zero, dtype):
+    """Not 90 degrees, which is what a dot product of 0 would say."""
+    x, y = draw(6, dtype)
+    x = jnp.zeros_like(x) if zero in ("x", "both") else x
+    y = jnp.zeros_like(y) if zero in ("y", "both") else y
+    np.testing.assert_array_equal(geometry.angle(x, y, group), np.zeros(group.shape(x.shape)))
+
+
 FUNCTIONS = {
     "norm": lambda x, v, group: geometry.norm(x, group),
     "project": lambda x, v, group: geometry.project(v, x, group),
