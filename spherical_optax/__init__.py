@@ -2,6 +2,17 @@
 
 from spherical_optax import geometry
 from spherical_optax.detection import check_radial_groups, find_radial_groups
+from spherical_optax.diagnostics import (
+    EffectiveStep,
+    RecordGradientState,
+    RecordSphereState,
+    SphereMetrics,
+    Summary,
+    effective_learning_rate,
+    record_gradient,
+    record_sphere,
+    sphere_metrics,
+)
 from spherical_optax.groups import (
     Finding,
     FoundGroups,
@@ -48,15 +59,20 @@ from spherical_optax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EffectiveStep",
     "Finding",
     "FoundGroups",
     "Groups",
     "NormalizeUpdatesState",
     "ProjectIfTangentState",
     "RadialGroup",
+    "RecordGradientState",
+    "RecordSphereState",
     "RetractState",
     "ScaleByAdamGStarState",
     "ScaleByAdamsState",
+    "SphereMetrics",
+    "Summary",
     "TransportMomentsState",
     "adamg",
     "adamg_star",
@@ -66,6 +82,7 @@ __all__ = [
     "center_updates",
     "check_radial_groups",
     "describe_groups",
+    "effective_learning_rate",
     "find_radial_groups",
     "geometry",
     "groups_by_path",
@@ -77,6 +94,8 @@ __all__ = [
     "per_layer",
     "project_if_tangent",
     "project_radial",
+    "record_gradient",
+    "record_sphere",
     "retract",
     "rotational",
     "rotational_adamw",
@@ -86,5 +105,6 @@ __all__ = [
     "scale_by_adams",
     "sgdmrt",
     "sgdp",
+    "sphere_metrics",
     "transport_moments",
 ]

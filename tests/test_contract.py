@@ -74,6 +74,10 @@ TABLE = {
     "retract": Entry(so.retract, {"radius": 2.0}),
     "retract(initial)": Entry(so.retract, {}),
     "retract(geodesic)": Entry(functools.partial(so.retract, method="geodesic"), {}),
+    "record_sphere": Entry(so.record_sphere, {}),
+    "record_sphere(per_group)": Entry(functools.partial(so.record_sphere, per_group=True), {}),
+    "record_gradient": Entry(so.record_gradient, {}),
+    "record_gradient(per_group)": Entry(functools.partial(so.record_gradient, per_group=True), {}),
     "adams": Entry(so.adams, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "adamsrt": Entry(so.adamsrt, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "sgdmrt": Entry(so.sgdmrt, {"learning_rate": 0.1, "momentum": 0.8, "dampening": 0.1}),
@@ -375,7 +379,15 @@ def test_none_leaves(entry):
 
 
 @pytest.mark.parametrize(
-    "name", ["project_radial", "scale_by_adams", "transport_moments(trace)", "retract(initial)"]
+    "name",
+    [
+        "project_radial",
+        "scale_by_adams",
+        "transport_moments(trace)",
+        "retract(initial)",
+        "record_sphere",
+        "record_gradient",
+    ],
 )
 def test_a_missing_gradient_leaves_its_parameter_alone(name):
     tx, params, (g, *_) = build(TABLE[name]), params_of(), gradients()
@@ -385,15 +397,19 @@ def test_a_missing_gradient_leaves_its_parameter_alone(name):
     finite((updates, state))
 
 
-@pytest.mark.parametrize("name", ["project_radial", "scale_by_adams", "retract(initial)"])
+@pytest.mark.parametrize(
+    "name",
+    ["project_radial", "scale_by_adams", "retract(initial)", "record_sphere", "record_gradient"],
+)
 def test_integer_leaf_without_a_group_passes_through(name):
     # The others are made of optax transforms, which refuse integer leaves.
     tx, params, (g, *_) = build(TABLE[name]), params_of(), gradients()
     expected, _ = tx.update(g, tx.init(params), params)
-    params["table"], g["table"] = jnp.arange(3), np.zeros(3, jax.dtypes.float0)
+    table = np.zeros(3, jax.dtypes.float0)
+    params, g = {**params, "table": jnp.arange(3)}, {**g, "table": table}
     updates, _ = tx.update(g, tx.init(params), params)
-    assert updates.pop("table") is g["table"]
-    equal(updates, expected)
+    assert updates["table"] is table
+    equal({key: updates[key] for key in expected}, expected)
 
 
 def test_zero_norm_groups_and_zero_gradients_stay_finite(entry, dtype):
@@ -452,6 +468,8 @@ def test_exports_to_cuda_and_tpu(entry):
         ("project_radial", "project_radial"),
         ("transport_moments(trace)", "transport_moments"),
         ("retract", "retract"),
+        ("record_sphere", "record_sphere"),
+        ("record_gradient", "record_gradient"),
         ("adamsrt", "transport_moments"),
         ("sgdmrt", "transport_moments"),
         ("adamg", "transport_moments"),

@@ -1,0 +1,433 @@
+"""What happens on the sphere during training: recorded in the state, or computed.
+
+`record_sphere` measures each step and `record_gradient` the gradient, as members of a
+chain; `sphere_metrics` measures between two snapshots, without touching the optimizer;
+`effective_learning_rate` predicts how far a step turns a group.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.transforms._units import (
+    Unit,
+    check_state,
+    per_leaf,
+    pick,
+    require_params,
+    state_like,
+    zero,
+    zeros_per_group,
+)
+
+
+class SphereMetrics(NamedTuple):
+    """How a step moved radially invariant groups.
+
+    Attributes:
+      radius_before: |x|.
+      radius_after: |x'|.
+      step_angle: The angle between x and x', in radians; 0 where one of them is zero.
+      step_radial: <x' - x, u>, positive outwards; 0 where |x| = 0.
+      step_tangential: The length of the rest, |x' - x - <x' - x, u> u|.
+    """
+
+    radius_before: Any
+    radius_after: Any
+    step_angle: Any
+    step_radial: Any
+    step_tangential: Any
+
+
+class Summary(NamedTuple):
+    """A metric over the groups of each leaf.
+
+    Attributes:
+      mean: The mean.
+      min: The smallest value.
+      max: The largest value.
+    """
+
+    mean: Any
+    min: Any
+    max: Any
+
+
+class RecordSphereState(NamedTuple):
+    """State of `record_sphere`.
+
+    Attributes:
+      sphere: `SphereMetrics` of the last step. Each metric is a `Summary` of trees like the
+        parameters, of scalars; with `per_group` one such tree, of one value per group. Zeros
+        before the first step, and for leaves without a group.
+    """
+
+    sphere: SphereMetrics
+
+
+class RecordGradientState(NamedTuple):
+    """State of `record_gradient`.
+
+    Attributes:
+      gradient_cosine: <g, u> / |g| at the last update, kept as the metrics of
+        `RecordSphereState` are; 0 where the gradient or the group is zero.
+    """
+
+    gradient_cosine: Any
+
+
+def record_sphere(
+    groups: Groups, *, per_group: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Records how each step moves the groups; put it last in a chain.
+
+    ```
+    |x|    |x + v|    angle(x, x + v)    <v, u>    |v - <v, u> u|        (v: the update)
+    ```
+
+    Updates pass unchanged. The state keeps its structure from `init` on, and is read with
+    `optax.tree.get(state, "sphere")`. The step is measured before the parameters' dtype
+    rounds it; `sphere_metrics` measures what was kept.
+
+    Args:
+      groups: See the module `spherical_optax.groups`. The leaves of a joint group all hold
+        the values of the whole group.
+      per_group: Whether to keep each group's value, shape `group.shape(x.shape)`, instead of
+        mean, min and max over a leaf's groups. Values are float32, or float64 for float64
+        parameters.
+
+    Returns:
+      A transformation with state `RecordSphereState`; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> groups = so.groups_by_path({"kernel": so.per_layer()})
+      >>> tx = optax.chain(optax.sgd(1.0), so.record_sphere(groups))
+      >>> params = {"kernel": jnp.array([1., 0.])}
+      >>> _, state = tx.update({"kernel": jnp.array([0., 1.])}, tx.init(params), params)
+      >>> sphere = optax.tree.get(state, "sphere")
+      >>> print(sphere.step_angle.mean["kernel"], sphere.radius_after.mean["kernel"])
+      0.7853982 1.4142135
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+
+    def measure(v: Any, x: Any, unit: Unit) -> tuple[jax.Array, ...]:
+        step = {i: geometry.wide(v[i]) for i in unit}
+        return _measure(x, {i: geometry.wide(x[i]) + step[i] for i in unit}, step, unit)
+
+    return _recorder(
+        "record_sphere",
+        groups,
+        per_group,
+        measure,
+        pack=lambda metrics: RecordSphereState(sphere=SphereMetrics(*metrics)),
+        unpack=lambda state: state.sphere,
+        count=len(SphereMetrics._fields),
+    )
+
+
+def record_gradient(
+    groups: Groups, *, per_group: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Records the cosine of gradient and weight; put it first in a chain.
+
+    ```
+    <g, u> / |g|        (0 where g or x is zero)
+    ```
+
+    The gradient of a radially invariant group is orthogonal to it: a cosine of other than
+    rounding's size says that the groups are wrong, or that something else was added to the
+    gradient. Updates pass unchanged. The state keeps its structure from `init` on, and is
+    read with `optax.tree.get(state, "gradient_cosine")`.
+
+    Args:
+      groups: See the module `spherical_optax.groups`.
+      per_group: As in `record_sphere`.
+
+    Returns:
+      A transformation with state `RecordGradientState`; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> tx = optax.chain(so.record_gradient(so.per_layer()), optax.sgd(1.0))
+      >>> params = jnp.array([1., 0.])
+      >>> _, state = tx.update(jnp.array([3., 4.]), tx.init(params), params)
+      >>> print(optax.tree.get(state, "gradient_cosine").mean)
+      0.6
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+
+    def measure(g: Any, x: Any, unit: Unit) -> tuple[jax.Array, ...]:
+        g = {i: geometry.wide(g[i]) for i in unit}
+        lengths = geometry.norm(g, unit), geometry.norm(x, unit)
+        return (_over(_over(geometry.inner(g, x, unit), lengths[0]), lengths[1]),)
+
+    return _recorder(
+        "record_gradient",
+        groups,
+        per_group,
+        measure,
+        pack=lambda metrics: RecordGradientState(*metrics),
+        unpack=lambda state: state,
+        count=1,
+    )
+
+
+def sphere_metrics(
+    params_before: Any, params_after: Any, groups: Groups
+) -> dict[str, SphereMetrics]:
+    """How the groups moved between two snapshots of the parameters.
+
+    ```
+    |x|    |x'|    angle(x, x')    <x' - x, u>    |x' - x - <x' - x, u> u|
+    ```
+
+    Args:
+      params_before: The parameters x: nested dictionaries, an NNX state, any pytree.
+      params_after: The parameters x', of the same structure and shapes.
+      groups: See the module `spherical_optax.groups`.
+
+    Returns:
+      From the path of each leaf with a group, as in `conv1/kernel`, to its
+      `SphereMetrics`, arrays of shape `group.shape(x.shape)`, float32 or, for float64
+      parameters, float64. The leaves of a joint group all get the whole group's values.
+
+    Raises:
+      TypeError: If `groups` does not fit the parameters.
+      ValueError: If `groups` does not fit, or the snapshots do not fit each other.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> before = {"fc": {"kernel": jnp.array([[1.], [0.]])}}
+      >>> after = {"fc": {"kernel": jnp.array([[1.], [1.]])}}
+      >>> groups = so.groups_by_path({"kernel": so.per_filter()})
+      >>> so.sphere_metrics(before, after, groups)["fc/kernel"].step_angle
+      Array([0.7853982], dtype=float32)
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+    leaves, others = _trees.visible_leaves(params_before), _trees.visible_leaves(params_after)
+    if [leaf.keys for leaf in leaves] != [leaf.keys for leaf in others]:
+        raise ValueError(
+            f"sphere_metrics: expected snapshots of the same parameters, found "
+            f"{[leaf.path for leaf in leaves]} before and {[leaf.path for leaf in others]} after."
+        )
+    x, y = [leaf.value for leaf in leaves], [leaf.value for leaf in others]
+    found: dict[int, SphereMetrics] = {}
+    for unit in radial_units(groups, params_before):
+        for i in unit:
+            if np.shape(x[i]) != np.shape(y[i]):
+                raise ValueError(
+                    f"sphere_metrics: {leaves[i].path}: expected the same shape in both "
+                    f"snapshots, found {np.shape(x[i])} before and {np.shape(y[i])} after."
+                )
+        step = {i: geometry.wide(y[i]) - geometry.wide(x[i]) for i in unit}
+        metrics = _measure(pick(unit, x), pick(unit, y), step, unit)
+        for i, group in unit.items():
+            shape = group.shape(x[i].shape)
+            found[i] = SphereMetrics(*(value.reshape(shape) for value in metrics))
+    return {leaves[i].path: found[i] for i in sorted(found)}
+
+
+class EffectiveStep(NamedTuple):
+    """What a step does on the sphere, as `effective_learning_rate` predicts it.
+
+    Attributes:
+      learning_rate: The effective learning rate, one value per group.
+      direction: c without its radial part, arrays like x: u moves along its negative.
+      angle: By how much, in radians, one value per group.
+    """
+
+    learning_rate: jax.Array
+    direction: Any
+    angle: jax.Array
+
+
+def effective_learning_rate(
+    x: Any, a: Any, b: Any, learning_rate: jax.typing.ArrayLike, group: Any
+) -> EffectiveStep:
+    """The step on the sphere that x' = x - learning_rate a / b amounts to.
+
+    ```
+    s = |b| / sqrt(d)        c = r s a / b        A = learning_rate / (r^2 s)
+    lr_eff = A / (1 - A <c, u>)
+    u' = cos(t) u - sin(t) c_t / |c_t|,    t = arctan(lr_eff |c_t|),    c_t = c - <c, u> u
+    ```
+
+    with d the entries per group. Exact, for any a and b. With g the gradient, L2 included
+    (g = grad L(x) + w x), the optimizers are:
+
+    ```
+    SGD            a = g                                    b = 1
+    momentum SGD   a = m                                    b = 1
+    Adam           a = mhat                                 b = sqrt(vhat) + eps, by entry
+    AdamS          a = mhat                                 b = (sqrt(vhat) + eps) / sqrt(d)
+    ```
+
+    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS,
+    but their states keep only the tangent part of m: to it belongs the radial part
+    <g, u> u, times 1 - dampening or 1 - b1. For SGD with L2 factor w
+
+    ```
+    lr_eff = learning_rate / (r^2 (1 - learning_rate w))
+    ```
+
+    Args:
+      x: The parameters, an array, or a pytree of arrays for joint groups.
+      a: The numerator of the step, like x.
+      b: The denominator, positive: a number, one value per group, or like x.
+      learning_rate: A number, or one value per group.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      An `EffectiveStep`, float32 or, for float64 arrays, float64. Beyond 90 degrees (where
+      A <c, u> > 1) the effective learning rate is negative, and the angle still right.
+      Where |x| = 0 there is no direction, and all is 0.
+
+    Raises:
+      TypeError: If group is no `RadialGroup`.
+      ValueError: If the shapes do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> x, gradient = jnp.array([2., 0.]), jnp.array([0., 1.])
+      >>> step = so.effective_learning_rate(x, gradient, 1.0, 0.4, so.per_layer())
+      >>> print(step.learning_rate, step.direction, step.angle)
+      0.1 [0. 2.] 0.19739556
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+    """
+    r = geometry.norm(x, group)
+    if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one for all leaves
+        b = jax.tree.map(lambda _: b, x)
+    b = jax.tree.map(_per_entry, group, x, b)
+    size = group_size(dict(enumerate(jax.tree.leaves(group))), jax.tree.leaves(x))
+    s = geometry.norm(b, group) / math.sqrt(size)
+    quotient = jax.tree.map(lambda p, q: geometry.wide(p) / q, a, b)
+    c = geometry.scale(r * s, quotient, group)
+    A = _over(jnp.asarray(learning_rate, r.dtype), r * r * s)
+    forward = 1 - A * _over(geometry.inner(c, x, group), r)
+    direction = geometry.project(c, x, group)
+    return EffectiveStep(
+        learning_rate=A / forward,
+        direction=direction,
+        angle=jnp.arctan2(A * geometry.norm(direction, group), forward),
+    )
+
+
+def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
+    """The denominator of each entry of x."""
+    b = jnp.asarray(b, geometry.accumulator(x.dtype))
+    per_group = group.shape(x.shape)
+    if b.shape not in (x.shape, per_group, ()):
+        raise ValueError(
+            f"effective_learning_rate: expected b as a number, of shape {x.shape} as x or of "
+            f"shape {per_group} as there are groups, found shape {b.shape}."
+        )
+    if b.shape == per_group != x.shape:
+        b = geometry.spread(b, x, group)
+    return jnp.broadcast_to(b, x.shape)
+
+
+def _over(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A divided by b, 0 where b is 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def _measure(x: Any, y: Any, step: Any, unit: Unit) -> SphereMetrics:
+    """The metrics of one unit, step = y - x, one value per group."""
+    r = geometry.norm(x, unit)
+    return SphereMetrics(
+        radius_before=r,
+        radius_after=geometry.norm(y, unit),
+        step_angle=geometry.angle(x, y, unit),
+        step_radial=_over(geometry.inner(step, x, unit), r),
+        step_tangential=geometry.norm(geometry.project(step, x, unit), unit),
+    )
+
+
+def _recorder(
+    who: str,
+    groups: Groups,
+    per_group: bool,
+    measure: Callable[[Any, Any, Unit], tuple[jax.Array, ...]],
+    *,
+    pack: Callable[[list[Any]], Any],
+    unpack: Callable[[Any], tuple[Any, ...]],
+    count: int,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that keeps what `measure` finds, `count` metrics per group.
+
+    Each metric is one tree like the parameters, or with `per_group=False` a `Summary` of
+    them; `pack` makes the state from the metrics and `unpack` the metrics from the state.
+    """
+
+    def init(params: optax.Params) -> Any:
+        units, leaves = radial_units(groups, params), _trees.flatten(params)[0]
+
+        def tree() -> Any:
+            zeros = zeros_per_group(units, leaves)
+            if not per_group:
+                zeros = {i: jnp.zeros((), value.dtype) for i, value in zeros.items()}
+            return state_like(params, zeros, zero)
+
+        return pack(
+            [tree() if per_group else Summary(tree(), tree(), tree()) for _ in range(count)]
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        require_params(who, params)
+        (v, _), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        metrics = [(metric,) if per_group else metric for metric in unpack(state)]
+        kept = [[_trees.flatten(tree) for tree in metric] for metric in metrics]
+        units = radial_units(groups, params)
+        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
+        expected = [shapes.get(i, ()) if per_group else () for i in range(len(x))]
+        check_state(who, params, kept[0][0][0], expected)
+        for unit in units:
+            # A missing update is a step of zero.
+            there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in unit}
+            for metric, value in zip(kept, measure(there, pick(unit, x), unit), strict=True):
+                values = (value,) if per_group else Summary(value.mean(), value.min(), value.max())
+                for (leaves, _), each in zip(metric, values, strict=True):
+                    for i, recorded in per_leaf(each, unit, leaves).items():
+                        leaves[i] = recorded
+        trees = [[treedef.unflatten(leaves) for leaves, treedef in metric] for metric in kept]
+        return updates, pack([tree[0] if per_group else Summary(*tree) for tree in trees])
+
+    return optax.GradientTransformationExtraArgs(init, update)
