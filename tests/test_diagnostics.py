@@ -263,6 +263,13 @@ def test_sphere_metrics_by_hand(x64):
             np.testing.assert_allclose(value, hand, rtol=1e-12, err_msg=f"{path} {name}")
 
 
+def test_sphere_metrics_keep_the_order_of_the_parameters():
+    joint = so.per_layer(joint="ends")
+    params = {name: jnp.ones(2) for name in "abc"}
+    found = so.sphere_metrics(params, params, {"a": joint, "b": so.per_layer(), "c": joint})
+    assert list(found) == ["a", "b", "c"]
+
+
 def test_sphere_metrics_of_nnx_states():
     model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
     before = jax.tree.map(jnp.array, nnx.state(model, nnx.Param))
