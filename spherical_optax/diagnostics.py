@@ -183,7 +183,11 @@ def record_gradient(
     def measure(g: Any, x: Any, unit: Unit) -> tuple[jax.Array, ...]:
         g = {i: geometry.wide(g[i]) for i in unit}
         lengths = geometry.norm(g, unit), geometry.norm(x, unit)
-        return (_over(_over(geometry.inner(g, x, unit), lengths[0]), lengths[1]),)
+        return (
+            geometry.safe_divide(
+                geometry.safe_divide(geometry.inner(g, x, unit), lengths[0]), lengths[1]
+            ),
+        )
 
     return _recorder(
         "record_gradient",
@@ -334,8 +338,8 @@ def effective_learning_rate(
     s = geometry.norm(b, group) / math.sqrt(size)
     quotient = jax.tree.map(lambda p, q: geometry.wide(p) / q, a, b)
     c = geometry.scale(r * s, quotient, group)
-    A = _over(jnp.asarray(learning_rate, r.dtype), r * r * s)
-    forward = 1 - A * _over(geometry.inner(c, x, group), r)
+    A = geometry.safe_divide(jnp.asarray(learning_rate, r.dtype), r * r * s)
+    forward = 1 - A * geometry.safe_divide(geometry.inner(c, x, group), r)
     direction = geometry.project(c, x, group)
     return EffectiveStep(
         learning_rate=A / forward,
@@ -358,11 +362,6 @@ def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
     return jnp.broadcast_to(b, x.shape)
 
 
-def _over(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A divided by b, 0 where b is 0."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
 def _measure(x: Any, y: Any, step: Any, unit: Unit) -> SphereMetrics:
     """The metrics of one unit, step = y - x, one value per group."""
     r = geometry.norm(x, unit)
@@ -370,7 +369,7 @@ def _measure(x: Any, y: Any, step: Any, unit: Unit) -> SphereMetrics:
         radius_before=r,
         radius_after=geometry.norm(y, unit),
         step_angle=geometry.angle(x, y, unit),
-        step_radial=_over(geometry.inner(step, x, unit), r),
+        step_radial=geometry.safe_divide(geometry.inner(step, x, unit), r),
         step_tangential=geometry.norm(geometry.project(step, x, unit), unit),
     )
 

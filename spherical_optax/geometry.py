@@ -123,7 +123,7 @@ def scale(values: jax.Array, x: Arrays, group: Any) -> Arrays:
     return jax.tree.map(lambda g, a: (wide(a) * spread(values, a, g)).astype(a.dtype), group, x)
 
 
-def _safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
+def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """Divides a by b, with 0 where b is 0, with finite gradients there."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
@@ -178,7 +178,7 @@ def project(v: Arrays, x: Arrays, group: Any) -> Arrays:
       >>> geometry.project(jnp.array([1., 1.]), jnp.array([2., 0.]), per_layer())
       Array([0., 1.], dtype=float32)
     """
-    radial = _safe_divide(inner(v, x, group), inner(x, x, group))
+    radial = safe_divide(inner(v, x, group), inner(x, x, group))
     return jax.tree.map(
         lambda g, a, b: (wide(a) - spread(radial, b, g) * wide(b)).astype(a.dtype), group, v, x
     )
@@ -239,7 +239,7 @@ def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
     # What is left of a vector turned by 90 degrees is rounding, not a direction.
     smallest = min(jnp.finfo(a.dtype).eps for a in jax.tree.leaves(m)) ** 2
     lost = after <= smallest * before
-    return scale(safe_sqrt(_safe_divide(before, jnp.where(lost, 0, after))), t, group)
+    return scale(safe_sqrt(safe_divide(before, jnp.where(lost, 0, after))), t, group)
 
 
 def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:
@@ -268,7 +268,7 @@ def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:
     # y - x is exact for close points, and has the same tangent part as y.
     step = jax.tree.map(lambda a, b: wide(b) - wide(a), x, y)
     tangent = norm(project(step, x, group), group)
-    radial = _safe_divide(inner(x, y, group), norm(x, group))
+    radial = safe_divide(inner(x, y, group), norm(x, group))
     degenerate = (inner(x, x, group) == 0) | (inner(y, y, group) == 0)
     return jnp.arctan2(jnp.where(degenerate, 0, tangent), jnp.where(degenerate, 1, radial))
 

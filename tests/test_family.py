@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trajectory import run
 
 import spherical_optax as so
 from spherical_optax import geometry
@@ -17,16 +18,6 @@ FILTER, LAYER = so.per_filter(), so.per_layer()
 
 def normal(seed, shape, dtype=None):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
-def run(tx, params, grads):
-    state, path = tx.init(params), [params]
-    update = jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(params)
-    return path
 
 
 # --- AdamP ------------------------------------------------------------------------------

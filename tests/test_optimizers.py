@@ -8,21 +8,12 @@ import numpy as np
 import optax
 import pytest
 import reference
+from trajectory import run
 
 import spherical_optax as so
 from spherical_optax import geometry
 
 OPTIMIZERS = {"adams": so.adams, "adamsrt": so.adamsrt, "sgdmrt": so.sgdmrt, "adamg": so.adamg}
-
-
-def run(tx, params, grads):
-    state, path = tx.init(params), [params]
-    update = jax.jit(tx.update)
-    for g in grads:
-        updates, state = update(g, state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(params)
-    return path
 
 
 # --- against the textbook formulas ------------------------------------------------------
