@@ -265,6 +265,10 @@ MODELS = {
         lambda: linen(ConvNet("batch"), jnp.ones((4, 8, 8, 3))),
         {"conv0/kernel": FILTER, "conv1/kernel": FILTER},
     ),
+    "constant vectors": (
+        lambda: linen(BatchNormed(1e-5), jnp.ones((8, 6))),
+        {"hidden/kernel": FILTER},
+    ),
     "BatchNorm with a large epsilon": (
         lambda: linen(BatchNormed(1e-3), VECTORS),
         {"hidden/kernel": FILTER},
