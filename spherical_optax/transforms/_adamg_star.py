@@ -11,7 +11,7 @@ from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, radial_units
 from spherical_optax.transforms._units import (
-    check_state,
+    check_group_state,
     per_leaf,
     pick,
     present,
@@ -94,8 +94,7 @@ def scale_by_adamg_star(
         (g, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
         kept, kept_treedef = _trees.flatten(state.accumulator)
         units = radial_units(groups, params)
-        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
-        check_state("scale_by_adamg_star", params, kept, [shapes.get(i, ()) for i in range(len(x))])
+        check_group_state("scale_by_adamg_star", params, kept, units, x)
         steps: list[Any] = [
             None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
             for leaf, w in zip(g, x, strict=True)

@@ -11,7 +11,7 @@ from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, radial_units
 from spherical_optax.transforms._units import (
     Unit,
-    check_state,
+    check_group_state,
     per_leaf,
     pick,
     present,
@@ -101,8 +101,7 @@ def normalize_updates(
             return treedef.unflatten(v), state
 
         kept, kept_treedef = _trees.flatten(state.mean_square)
-        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
-        check_state("normalize_updates", params, kept, [shapes.get(i, ()) for i in range(len(x))])
+        check_group_state("normalize_updates", params, kept, units, x)
         steps = optax.safe_increment(state.steps)
         for unit in present(units, v):
             mean = kept[next(iter(unit))]

@@ -10,7 +10,7 @@ from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups, group_size, radial_units
 from spherical_optax.transforms._units import (
     Unit,
-    check_state,
+    check_group_state,
     per_leaf,
     pick,
     require_params,
@@ -129,9 +129,7 @@ def transport_moments(
         radius, radius_treedef = _trees.flatten(state.radius)
         first, second = find_moments(state.inner_state, params, names)
         units = movable(params, x)
-        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
-        expected = [shapes.get(i, ()) for i in range(len(x))]
-        check_state("transport_moments", params, radius, expected)
+        check_group_state("transport_moments", params, radius, units, x)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)
         for unit in units:

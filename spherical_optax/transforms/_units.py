@@ -81,6 +81,14 @@ def per_leaf(values: jax.Array, unit: Unit, like: Any) -> dict[int, jax.Array]:
     return {i: jnp.array(values.reshape(like[i].shape), like[i].dtype) for i in unit}
 
 
+def check_group_state(
+    who: str, params: Any, kept: list[Any], units: list[Unit], x: list[Any]
+) -> None:
+    """As `check_state`, for one value per group, and one zero on a leaf without a group."""
+    shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
+    check_state(who, params, kept, [shapes.get(i, ()) for i in range(len(x))])
+
+
 def check_state(who: str, tree: Any, kept: list[Any], expected: list[tuple[int, ...]]) -> None:
     """Raises where state was made for other parameters or other groups.
 
