@@ -99,7 +99,7 @@ def scale_by_adamg_star(
             None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
             for leaf, w in zip(g, x, strict=True)
         ]
-        for unit in present(units, g):
+        for unit in present(units, g, updates):
             v, grads = kept[next(iter(unit))], pick(unit, g)
             square = geometry.inner(pick(unit, x), pick(unit, x), unit)
             root = geometry.safe_sqrt(2 * beta * v)

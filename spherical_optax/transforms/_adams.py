@@ -112,7 +112,7 @@ def scale_by_adams(
         shapes = {i: group.shape(g[i].shape) for unit in units for i, group in unit.items()}
         expected = [shapes.get(i, np.shape(leaf)) for i, leaf in enumerate(g)]
         check_state("scale_by_adams", updates, nu, expected)
-        units = present(units, g)
+        units = present(units, g, updates)
 
         for unit in units:
             grads = {i: geometry.wide(g[i]) for i in unit}

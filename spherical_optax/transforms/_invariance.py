@@ -99,7 +99,7 @@ def project_if_tangent(
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, Names(first_moments, ()))
         factor: list[Any] = [1.0] * len(x)
-        for unit in present(radial_units(groups, params), g):
+        for unit in present(radial_units(groups, params), g, updates):
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             xs, gs = pick(unit, x), pick(unit, g)
             near = _cosine(gs, xs, unit) < delta / math.sqrt(group_size(unit, x))

@@ -94,7 +94,7 @@ def normalize_updates(
         (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
         units = radial_units(groups, params)
         if decay is None:
-            for unit in present(units, v):
+            for unit in present(units, v, updates):
                 factor = _factor(pick(unit, x), unit, geometry.norm(pick(unit, v), unit))
                 for i, leaf in geometry.scale(factor, pick(unit, v), unit).items():
                     v[i] = leaf
@@ -103,7 +103,7 @@ def normalize_updates(
         kept, kept_treedef = _trees.flatten(state.mean_square)
         check_group_state("normalize_updates", params, kept, units, x)
         steps = optax.safe_increment(state.steps)
-        for unit in present(units, v):
+        for unit in present(units, v, updates):
             mean = kept[next(iter(unit))]
             square = geometry.inner(pick(unit, v), pick(unit, v), unit).astype(mean.dtype)
             mean = decay * mean + (1 - decay) * square
@@ -165,7 +165,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params, extra_args
         v, treedef = _trees.flatten(updates)
-        for unit in present(radial_units(groups, updates), v):
+        for unit in present(radial_units(groups, updates), v, updates):
             for i, leaf in geometry.center(pick(unit, v), unit).items():
                 v[i] = leaf
         return treedef.unflatten(v), state

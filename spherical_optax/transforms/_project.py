@@ -52,7 +52,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
         del extra_args
         require_params("project_radial", params)
         (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        for unit in present(radial_units(groups, params), v):
+        for unit in present(radial_units(groups, params), v, updates):
             for i, leaf in geometry.project(pick(unit, v), pick(unit, x), unit).items():
                 v[i] = leaf
         return treedef.unflatten(v), state

@@ -95,7 +95,7 @@ def retract(
         require_params("retract", params)
         (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
         targets = _trees.flatten(state.target_radius)[0] if initial else None
-        for unit in present(radial_units(groups, params), v):
+        for unit in present(radial_units(groups, params), v, updates):
             target = jnp.asarray(radius) if targets is None else targets[next(iter(unit))]
             start = {i: geometry.wide(x[i]) for i in unit}
             end = geometry.retract(start, pick(unit, v), unit, target, method)

@@ -19,21 +19,29 @@ def pick(unit: Unit, leaves: Any) -> dict[int, jax.Array]:
     return {i: leaves[i] for i in unit}
 
 
-def present(units: list[Unit], leaves: Any) -> list[Unit]:
+def present(units: list[Unit], leaves: Any, tree: Any) -> list[Unit]:
     """The units whose leaves are there; a missing gradient is `None`.
+
+    Args:
+      units: The units.
+      leaves: The updates, by leaf number.
+      tree: The updates as a tree, for the paths.
 
     Raises:
       ValueError: If only some leaves of a joint group are there.
     """
     found = []
     for unit in units:
-        there = [leaves[i] is not None for i in unit]
-        if any(there) and not all(there):
+        there = [i for i in unit if leaves[i] is not None]
+        if there and len(there) < len(unit):
+            paths = [leaf.path for leaf in _trees.visible_leaves(tree)]
             raise ValueError(
                 f"joint label {next(iter(unit.values())).joint!r}: expected gradients for all its "
-                f"{len(unit)} leaves or none, found {sum(there)}; a None gradient stops a part."
+                f"{len(unit)} leaves or none, found None for "
+                f"{[paths[i] for i in unit if i not in there]} and gradients for "
+                f"{[paths[i] for i in there]}."
             )
-        if all(there):
+        if there:
             found.append(unit)
     return found
 
