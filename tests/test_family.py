@@ -60,6 +60,29 @@ def test_whole_layer_where_single_filters_are_not_tangent(x64):
     np.testing.assert_allclose(updates, geometry.project(p, x, LAYER), rtol=1e-12)
 
 
+def test_named_moments_are_projected_with_the_update(x64):
+    """Of a joint group, the inner state may keep the moments of one leaf only."""
+    groups = {name: so.per_layer(joint="fc") for name in ("kernel", "bias")}
+    x = {"kernel": normal(0, (5, 3)), "bias": normal(1, (3,))}
+    g = geometry.project({"kernel": normal(2, (5, 3)), "bias": normal(3, (3,))}, x, groups)
+    inner = optax.masked(optax.trace(0.9), {"kernel": True, "bias": False})
+    tx = so.project_if_tangent(inner, groups, first_moments=("trace",))
+    _, state = tx.update(g, tx.init(x), x)
+    kept = optax.tree.get(state, "trace")["kernel"]
+    expected = geometry.project(g["kernel"], x["kernel"], LAYER)
+    np.testing.assert_allclose(kept, expected, rtol=1e-12)
+    assert np.abs(kept - g["kernel"]).max() > 1e-3
+
+
+def test_bad_names_of_moments_to_project():
+    with pytest.raises(TypeError, match="project_if_tangent: expected first_moments as a tuple of"):
+        so.project_if_tangent(optax.trace(0.9), FILTER, first_moments="trace")
+    tx = so.project_if_tangent(optax.trace(0.9), FILTER, first_moments=("mu",))
+    message = r"project_if_tangent: expected a field named \['mu'\] .* found \['trace'\]"
+    with pytest.raises(ValueError, match=message):
+        tx.init({"kernel": jnp.ones((3, 2))})
+
+
 # --- Hyperball --------------------------------------------------------------------------
 
 INNERS = {

@@ -10,7 +10,13 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
-from spherical_optax.transforms._transport import Names, fields_of, find_moments
+from spherical_optax.transforms._transport import (
+    Names,
+    check_moments,
+    check_names,
+    fields_of,
+    find_moments,
+)
 from spherical_optax.transforms._units import Unit, pick, present, require_params
 
 
@@ -60,7 +66,7 @@ def project_if_tangent(
 
     Raises:
       TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+        not fit the parameters, or a name is no field of the inner state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -80,11 +86,14 @@ def project_if_tangent(
     check_number("project_if_tangent", "delta", delta)
     check_number("project_if_tangent", "weight_decay", weight_decay)
     check_number("project_if_tangent", "wd_ratio", wd_ratio, most=1)
+    names = Names(check_names("project_if_tangent", "first_moments", first_moments), ())
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ProjectIfTangentState:
-        radial_units(groups, params)
-        return ProjectIfTangentState(wrapped.init(params))
+        units, inner_state = radial_units(groups, params), wrapped.init(params)
+        if names.first:
+            check_moments("project_if_tangent", inner_state, params, units, names)
+        return ProjectIfTangentState(inner_state)
 
     def update(
         updates: optax.Updates,
@@ -97,8 +106,8 @@ def project_if_tangent(
         updates, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
         p, treedef = _trees.flatten(updates)
         kept, inner_treedef = _trees.flatten(inner_state)
-        fields, _ = find_moments(inner_state, params, Names(first_moments, ()))
-        factor: list[Any] = [1.0] * len(x)
+        fields, _ = find_moments(inner_state, params, names)
+        factor: dict[int, jax.Array] = {}
         for unit in present(radial_units(groups, params), g, updates):
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             xs, gs = pick(unit, x), pick(unit, g)
@@ -107,20 +116,25 @@ def project_if_tangent(
             by_group = jnp.all(near, axis=-1) if first.index_axes else near
             by_layer = _cosine(gs, xs, layer) < delta / math.sqrt(group_size(layer, x))
             ratio = jnp.where(by_group | by_layer, wd_ratio, 1)
-            places = [(p, {i: i for i in unit})] + [
-                (kept, f) for f, _ in fields_of(unit, fields, kept)
+            factor |= {i: geometry.spread(ratio, x[i], group) for i, group in layer.items()}
+            places = [(p, {i: i for i in unit}, unit)] + [
+                (kept, *found) for found in fields_of(unit, fields, kept)
             ]
-            for leaves, where in places:
-                v = {i: leaves[where[i]] for i in unit}
-                fine, coarse = geometry.project(v, xs, unit), geometry.project(v, xs, layer)
-                for i, group in layer.items():
-                    finely = geometry.spread(by_group, x[i], group)
-                    coarsely = geometry.spread(by_layer, x[i], group)
-                    chosen = jnp.where(finely, fine[i], jnp.where(coarsely, coarse[i], v[i]))
-                    leaves[where[i]], factor[i] = chosen, geometry.spread(ratio, x[i], group)
+            for leaves, where, part in places:
+                v, xs = {i: leaves[where[i]] for i in part}, pick(part, x)
+                fine = geometry.project(v, xs, part)
+                coarse = geometry.project(v, xs, {i: layer[i] for i in part})
+                for i in part:
+                    finely = geometry.spread(by_group, x[i], layer[i])
+                    coarsely = geometry.spread(by_layer, x[i], layer[i])
+                    leaves[where[i]] = jnp.where(
+                        finely, fine[i], jnp.where(coarsely, coarse[i], v[i])
+                    )
         decayed = [
-            leaf if leaf is None else (leaf + weight_decay * f * w).astype(leaf.dtype)
-            for leaf, f, w in zip(p, factor, x, strict=True)
+            leaf
+            if leaf is None
+            else (leaf + weight_decay * factor.get(i, 1) * w).astype(leaf.dtype)
+            for i, (leaf, w) in enumerate(zip(p, x, strict=True))
         ]
         return treedef.unflatten(decayed), ProjectIfTangentState(inner_treedef.unflatten(kept))
 

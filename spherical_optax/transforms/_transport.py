@@ -104,7 +104,10 @@ def transport_moments(
             f"transport_moments: expected a gradient transformation as inner, found {inner!r}; "
             "write transport_moments(optax.trace(0.9), groups)."
         )
-    names = Names(_names("first_moments", first_moments), _names("second_moments", second_moments))
+    names = Names(
+        check_names("transport_moments", "first_moments", first_moments),
+        check_names("transport_moments", "second_moments", second_moments),
+    )
     wrapped = optax.with_extra_args_support(inner)
 
     def movable(params: optax.Params, leaves: list[Any]) -> list[Unit]:
@@ -114,7 +117,7 @@ def transport_moments(
         inner_state = wrapped.init(params)
         leaves = _trees.flatten(params)[0]
         units = movable(params, leaves)
-        _check_moments(inner_state, params, units, names)
+        check_moments("transport_moments", inner_state, params, units, names)
         radius = state_like(params, zeros_per_group(units, leaves), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
@@ -183,10 +186,11 @@ class Names(NamedTuple):
     second: tuple[str, ...]
 
 
-def _names(argument: str, names: Any) -> tuple[str, ...]:
+def check_names(who: str, argument: str, names: Any) -> tuple[str, ...]:
+    """The names of fields, as a tuple; raises a `TypeError` if they are something else."""
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"transport_moments: expected {argument} as a tuple of field names, found {names!r}; "
+            f"{who}: expected {argument} as a tuple of field names, found {names!r}; "
             'write ("mu",) for one.'
         )
     return tuple(names)
@@ -215,14 +219,14 @@ def fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tupl
             yield field, part
 
 
-def _check_moments(inner_state: Any, params: Any, units: list[Unit], names: Names) -> None:
+def check_moments(who: str, inner_state: Any, params: Any, units: list[Unit], names: Names) -> None:
+    """Raises a `ValueError` if a name is no field, or a moment does not fit its parameter."""
     leaves = _trees.visible_leaves(params)
     kept = _trees.visible_leaves(inner_state)
     first, second = find_moments(inner_state, params, names)
     if any(leaf.value is not None for leaf in leaves):
-        _check_names(
-            leaves, kept, {kept[place].keys for f in first + second for place in f.values()}, names
-        )
+        moments = {kept[place].keys for field in first + second for place in field.values()}
+        _check_found(who, leaves, kept, moments, names)
     for fields, per_group in ((first, False), (second, True)):
         for field in fields:
             for i, group in ((i, g) for unit in units for i, g in unit.items() if i in field):
@@ -232,7 +236,7 @@ def _check_moments(inner_state: Any, params: Any, units: list[Unit], names: Name
                 moment = kept[field[i]]
                 if moment.value.shape not in expected:
                     raise ValueError(
-                        f"transport_moments: {leaves[i].path} of shape {leaves[i].value.shape}: "
+                        f"{who}: {leaves[i].path} of shape {leaves[i].value.shape}: "
                         f"expected its moment {moment.path} to have shape "
                         f"{' or '.join(map(str, expected))}, found {moment.value.shape}."
                     )
@@ -242,7 +246,8 @@ def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tu
     return next((keys[:n] for n in range(len(keys)) if keys[n:] in suffixes), keys)
 
 
-def _check_names(
+def _check_found(
+    who: str,
     leaves: list[_trees.Leaf],
     kept: list[_trees.Leaf],
     moments: set[tuple[str, ...]],
@@ -262,7 +267,6 @@ def _check_names(
     if missing or not moments:
         wanted = missing or sorted(names.first + names.second)
         raise ValueError(
-            f"transport_moments: expected a field named {wanted} in the inner state, found "
-            f"{fields or 'that it keeps no moments'}; name the moments with first_moments=(...) "
-            "and second_moments=(...)."
+            f"{who}: expected a field named {wanted} in the inner state, found "
+            f"{fields or 'that it keeps no moments'}; name the moments with first_moments=(...)."
         )
