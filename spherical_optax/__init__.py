@@ -44,7 +44,9 @@ from spherical_optax.transforms import (
     ProjectIfTangentState,
     RetractState,
     ScaleByAdamGStarState,
+    ScaleByAdamSRTState,
     ScaleByAdamsState,
+    TransportedTraceState,
     TransportMomentsState,
     center_updates,
     normalize_updates,
@@ -53,7 +55,9 @@ from spherical_optax.transforms import (
     retract,
     scale_by_adamg_star,
     scale_by_adams,
+    scale_by_adamsrt,
     transport_moments,
+    transported_trace,
 )
 
 __version__ = "0.1.0"
@@ -70,10 +74,12 @@ __all__ = [
     "RecordSphereState",
     "RetractState",
     "ScaleByAdamGStarState",
+    "ScaleByAdamSRTState",
     "ScaleByAdamsState",
     "SphereMetrics",
     "Summary",
     "TransportMomentsState",
+    "TransportedTraceState",
     "adamg",
     "adamg_star",
     "adamp",
@@ -103,8 +109,10 @@ __all__ = [
     "rotational_sgdm",
     "scale_by_adamg_star",
     "scale_by_adams",
+    "scale_by_adamsrt",
     "sgdmrt",
     "sgdp",
     "sphere_metrics",
     "transport_moments",
+    "transported_trace",
 ]

@@ -35,7 +35,8 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(accumulator(x.dtype))
 
 
-def _sum(products: jax.Array, group: RadialGroup) -> jax.Array:
+def sum_groups(products: jax.Array, group: RadialGroup) -> jax.Array:
+    """The sum of each group's entries, shape `group.shape(products.shape)`."""
     axes = group.axes(products.ndim)
     total = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i not in axes))
     if group.num_blocks is not None:
@@ -47,7 +48,7 @@ def _sum(products: jax.Array, group: RadialGroup) -> jax.Array:
 def _inner(x: jax.Array, y: jax.Array, group: RadialGroup) -> jax.Array:
     if x.shape != y.shape:
         raise ValueError(f"inner: expected arrays of one shape, found {x.shape} and {y.shape}.")
-    return _sum(wide(x) * wide(y), group)
+    return sum_groups(wide(x) * wide(y), group)
 
 
 def inner(x: Arrays, y: Arrays, group: Any) -> jax.Array:
@@ -99,7 +100,9 @@ def spread(values: jax.typing.ArrayLike, x: jax.Array, group: RadialGroup) -> ja
     axes = group.axes(x.ndim)
     values = jnp.reshape(values, group.shape(x.shape))
     if group.num_blocks is not None:
-        values = jnp.repeat(values, x.shape[axes[-1]] // group.num_blocks, axis=-1)
+        size = x.shape[axes[-1]] // group.num_blocks
+        values = jnp.broadcast_to(values[..., None], (*values.shape, size))
+        values = values.reshape(*values.shape[:-2], x.shape[axes[-1]])
     return jnp.expand_dims(values, tuple(i for i in range(x.ndim) if i not in axes))
 
 

@@ -56,6 +56,8 @@ def rotational(decay, learning_rate, average_angle, groups):
 TABLE = {
     "project_radial": Entry(so.project_radial, {}),
     "scale_by_adams": Entry(so.scale_by_adams, {"b1": 0.8, "b2": 0.9, "eps": 1e-6}),
+    "scale_by_adamsrt": Entry(so.scale_by_adamsrt, {"b1": 0.8, "b2": 0.9, "eps": 1e-6}),
+    "transported_trace": Entry(so.transported_trace, {"decay": 0.8}),
     "transport_moments(trace)": Entry(transport(optax.trace), {"decay": 0.8}),
     "transport_moments(scale_by_adam)": Entry(transport(optax.scale_by_adam), {"decay": 0.8}),
     "transport_moments(chain)": Entry(
@@ -208,7 +210,9 @@ def test_updates_and_state_keep_structure_shapes_and_dtypes(entry, dtype):
     finite(state)
 
 
-@pytest.mark.parametrize("name", ["scale_by_adams", "adams", "adamsrt", "adamg"])
+@pytest.mark.parametrize(
+    "name", ["scale_by_adams", "scale_by_adamsrt", "transported_trace", "adams", "adamsrt", "adamg"]
+)
 @pytest.mark.parametrize(
     ("params_dtype", "grads_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
 )
@@ -217,7 +221,7 @@ def test_mixed_precision_keeps_the_types_of_state_and_updates(name, params_dtype
     state = tx.init(params)
     updates, new_state = jax.jit(tx.update)(g, state, params)
     assert types(new_state) == types(state)
-    if name == "scale_by_adams":
+    if "_" in name:
         assert types(updates) == types(g)
 
 
@@ -471,8 +475,8 @@ def test_exports_to_cuda_and_tpu(entry):
         ("retract", "retract"),
         ("record_sphere", "record_sphere"),
         ("record_gradient", "record_gradient"),
-        ("adamsrt", "transport_moments"),
-        ("sgdmrt", "transport_moments"),
+        ("adamsrt", "scale_by_adamsrt"),
+        ("sgdmrt", "transported_trace"),
         ("adamg", "transport_moments"),
     ],
 )

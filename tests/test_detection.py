@@ -446,7 +446,7 @@ def test_found_groups_train():
     state = tx.init(params)
     grads = jax.grad(lambda p: (fn(p, x) ** 2).sum())(params)
     updates, state = tx.update(grads, state, params)
-    assert state[1].radius["conv0"]["kernel"].shape == (4,)
+    assert state[1].nu["conv0"]["kernel"].shape == (4,)
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 

@@ -88,7 +88,7 @@ def test_optimizers_are_chains_of_the_public_transforms(x64):
     groups = so.per_filter()
     chain = optax.chain(
         optax.add_decayed_weights(0.1),
-        so.transport_moments(so.scale_by_adams(b1=0.8, groups=groups), groups),
+        so.scale_by_adamsrt(b1=0.8, groups=groups),
         optax.scale_by_learning_rate(0.05),
     )
     optimizer = so.adamsrt(0.05, b1=0.8, groups=groups, weight_decay=0.1)
@@ -124,11 +124,13 @@ KERNELS = so.groups_by_path({"kernel": so.per_filter()})
 DIRECTIONS = {
     # The chain before the learning rate, and the power of c that the rate of a group must
     # be scaled by when its weights are scaled by c: gradients have degree -1.
-    "adamsrt": (
+    "adamsrt": (lambda: so.scale_by_adamsrt(eps=0.0, groups=KERNELS), 1),
+    "sgdmrt": (lambda: so.transported_trace(0.9, groups=KERNELS), 2),
+    "composed adamsrt": (
         lambda: so.transport_moments(so.scale_by_adams(eps=0.0, groups=KERNELS), KERNELS),
         1,
     ),
-    "sgdmrt": (lambda: so.transport_moments(optax.trace(0.9), KERNELS), 2),
+    "composed sgdmrt": (lambda: so.transport_moments(optax.trace(0.9), KERNELS), 2),
     "adam without radial terms": (
         lambda: so.transport_moments(optax.scale_by_adam(eps=0.0), KERNELS),
         1,
@@ -286,7 +288,7 @@ def test_state_is_half_of_adams():
     ("name", "kwargs", "message"),
     [
         ("adams", {"b1": 1.0}, r"scale_by_adams: expected b1 in \[0, 1\), found 1\.0"),
-        ("adamsrt", {"b2": 1.5}, r"scale_by_adams: expected b2 in \[0, 1\), found 1\.5"),
+        ("adamsrt", {"b2": 1.5}, r"scale_by_adamsrt: expected b2 in \[0, 1\), found 1\.5"),
         ("adamg", {"b1": -0.1}, r"expected b1 in \[0, 1\), found -0\.1"),
         ("adams", {"eps": -1e-8}, r"expected eps in \[0, inf\), found -1e-08"),
         ("sgdmrt", {"momentum": 1.0}, r"sgdmrt: expected momentum in \[0, 1\), found 1\.0"),

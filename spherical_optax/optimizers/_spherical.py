@@ -11,7 +11,9 @@ from spherical_optax.transforms import (
     retract,
     scale_by_adamg_star,
     scale_by_adams,
+    scale_by_adamsrt,
     transport_moments,
+    transported_trace,
 )
 
 
@@ -95,7 +97,8 @@ def adamsrt(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamSRT: AdamS whose moments are rescaled and transported as the groups move.
 
-    The update is that of `adams`; the moments are carried by `transport_moments`.
+    The update is that of `adams`; the moments are carried as `transport_moments` does, and
+    kept as `scale_by_adamsrt` says.
 
     Args:
       learning_rate: A number or a schedule.
@@ -135,7 +138,7 @@ def adamsrt(
     check_learning_rate("adamsrt", learning_rate)
     return optax.chain(
         _coupled_decay("adamsrt", weight_decay),
-        transport_moments(scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype), groups),
+        scale_by_adamsrt(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -198,7 +201,7 @@ def sgdmrt(
     return optax.chain(
         _coupled_decay("sgdmrt", weight_decay),
         optax.scale(1 - dampening) if dampened else optax.identity(),
-        transport_moments(optax.trace(momentum, accumulator_dtype=accumulator_dtype), groups),
+        transported_trace(momentum, groups=groups, accumulator_dtype=accumulator_dtype),
         optax.scale_by_learning_rate(learning_rate),
     )
 

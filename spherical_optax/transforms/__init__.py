@@ -17,14 +17,22 @@ from spherical_optax.transforms._normalize import (
 from spherical_optax.transforms._project import project_radial
 from spherical_optax.transforms._retract import RetractState, retract
 from spherical_optax.transforms._transport import TransportMomentsState, transport_moments
+from spherical_optax.transforms._unit_sphere import (
+    ScaleByAdamSRTState,
+    TransportedTraceState,
+    scale_by_adamsrt,
+    transported_trace,
+)
 
 __all__ = [
     "NormalizeUpdatesState",
     "ProjectIfTangentState",
     "RetractState",
     "ScaleByAdamGStarState",
+    "ScaleByAdamSRTState",
     "ScaleByAdamsState",
     "TransportMomentsState",
+    "TransportedTraceState",
     "center_updates",
     "normalize_updates",
     "project_if_tangent",
@@ -32,5 +40,7 @@ __all__ = [
     "retract",
     "scale_by_adamg_star",
     "scale_by_adams",
+    "scale_by_adamsrt",
     "transport_moments",
+    "transported_trace",
 ]

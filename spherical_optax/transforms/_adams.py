@@ -12,7 +12,9 @@ from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, group_size, radial_units
 from spherical_optax.transforms._units import (
+    Unit,
     check_state,
+    elsewhere,
     per_leaf,
     present,
     state_like,
@@ -109,9 +111,7 @@ def scale_by_adams(
         nu, nu_treedef = _trees.flatten(state.nu)
         count = optax.safe_increment(state.count)
         units = radial_units(groups, updates)
-        shapes = {i: group.shape(g[i].shape) for unit in units for i, group in unit.items()}
-        expected = [shapes.get(i, np.shape(leaf)) for i, leaf in enumerate(g)]
-        check_state("scale_by_adams", updates, nu, expected)
+        check_nu("scale_by_adams", updates, nu, units, g)
         units = present(units, g, updates)
 
         for unit in units:
@@ -119,20 +119,14 @@ def scale_by_adams(
             m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
             v = nu[next(iter(unit))]
             v = (1 - b2) * geometry.inner(grads, grads, unit).astype(v.dtype) + b2 * v
-            first, second = _bias_correction(b1, count, v), _bias_correction(b2, count, v)
+            first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
             size = group_size(unit, g) if sqrt_dim else 1
             denominator = geometry.safe_sqrt(v / second) + eps
             scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
             for i, kept in per_leaf(v, unit, nu).items():
                 g[i], mu[i], nu[i] = scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept
 
-        grouped = {i for unit in units for i in unit}
-        rest = [i for i in range(len(g)) if i not in grouped and _is_inexact(g[i])]
-        taken = optax.ScaleByAdamState(state.count, [mu[i] for i in rest], [nu[i] for i in rest])
-        scaled, adam_state = adam.update([g[i] for i in rest], taken)
-        for i, s, m, v in zip(rest, scaled, adam_state.mu, adam_state.nu, strict=True):
-            g[i] = s.astype(jnp.result_type(g[i]))
-            mu[i], nu[i] = m.astype(mu[i].dtype), v.astype(nu[i].dtype)
+        adam_elsewhere(adam, state.count, g, mu, nu, units)
         return treedef.unflatten(g), ScaleByAdamsState(
             count, mu_treedef.unflatten(mu), nu_treedef.unflatten(nu)
         )
@@ -140,12 +134,30 @@ def scale_by_adams(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_inexact(leaf: Any) -> bool:
-    """Whether a gradient can be scaled: not `None`, integer or float0."""
-    return leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+def check_nu(who: str, tree: Any, nu: list[Any], units: list[Unit], leaves: list[Any]) -> None:
+    """As `check_state`, for one value per group, and one per entry of a leaf without a group."""
+    shapes = {i: group.shape(leaves[i].shape) for unit in units for i, group in unit.items()}
+    check_state(who, tree, nu, [shapes.get(i, np.shape(leaf)) for i, leaf in enumerate(leaves)])
 
 
-def _bias_correction(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:
+def adam_elsewhere(
+    adam: optax.GradientTransformation,
+    count: jax.Array,
+    g: list[Any],
+    mu: list[Any],
+    nu: list[Any],
+    units: list[Unit],
+) -> None:
+    """Replaces gradient and moments by Adam's, on the leaves that no unit has."""
+    rest = elsewhere(units, g)
+    taken = optax.ScaleByAdamState(count, [mu[i] for i in rest], [nu[i] for i in rest])
+    scaled, state = adam.update([g[i] for i in rest], taken)
+    for i, s, m, v in zip(rest, scaled, state.mu, state.nu, strict=True):
+        g[i] = s.astype(jnp.result_type(g[i]))
+        mu[i], nu[i] = m.astype(mu[i].dtype), v.astype(nu[i].dtype)
+
+
+def bias_correction(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     """1 - decay^count, without cancellation."""
     log: Any = -math.inf
     if isinstance(decay, jax.Array):

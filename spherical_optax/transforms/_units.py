@@ -46,6 +46,18 @@ def present(units: list[Unit], leaves: Any, tree: Any) -> list[Unit]:
     return found
 
 
+def elsewhere(units: list[Unit], leaves: list[Any]) -> list[int]:
+    """The leaves in no unit that can be scaled: not `None`, integer or float0."""
+    grouped = {i for unit in units for i in unit}
+    return [
+        i
+        for i, leaf in enumerate(leaves)
+        if i not in grouped
+        and leaf is not None
+        and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+
+
 def require_params(transform: str, params: Any) -> None:
     """Raises a `ValueError` that names the transform where params is missing."""
     if params is None:
@@ -86,7 +98,8 @@ def zeros_per_group(units: list[Unit], leaves: list[Any]) -> dict[int, jax.Array
 
 def per_leaf(values: jax.Array, unit: Unit, like: Any) -> dict[int, jax.Array]:
     """The values of a unit's groups as each of its leaves keeps them, in own buffers."""
-    return {i: jnp.array(values.reshape(like[i].shape), like[i].dtype) for i in unit}
+    kept = {i: values.reshape(like[i].shape).astype(like[i].dtype) for i in unit}
+    return kept if len(kept) == 1 else {i: jnp.array(value) for i, value in kept.items()}
 
 
 def check_group_state(

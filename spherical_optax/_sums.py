@@ -1,0 +1,98 @@
+"""Several sums over a group in one pass over memory."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spherical_optax import geometry
+from spherical_optax.groups import RadialGroup
+
+Pair: TypeAlias = tuple[int, int]
+"""The numbers of two arrays whose inner product is wanted."""
+
+ROWS, BLOCKS = 16, 8  # more rows are not unrolled by XLA's CPU compiler, and not vectorized
+SMALL = 1 << 16  # entries; below, the loop costs more than the passes
+
+
+def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit: Any) -> list[Any]:
+    """The inner products of a unit's groups for several pairs of vectors.
+
+    As `geometry.inner` of each pair. On GPU and TPU the compiler reads each array once for
+    all of them; its CPU backend makes one pass for each, so there a loop does it here.
+
+    Args:
+      vectors: Each a dictionary from leaf number to array.
+      pairs: Which vectors to multiply, by their position.
+      unit: From leaf number to `RadialGroup`.
+
+    Returns:
+      One value per group for each pair, as from `geometry.inner`.
+    """
+    totals: list[Any] = [0] * len(pairs)
+    shape = None
+    for i, group in unit.items():
+        sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group)
+        shape = sums[0].shape if shape is None else shape
+        totals = [total + value.reshape(shape) for total, value in zip(totals, sums, strict=True)]
+    return totals
+
+
+def _of_leaf(
+    arrays: list[jax.Array], pairs: tuple[Pair, ...], group: RadialGroup
+) -> list[jax.Array]:
+    def plainly(*arrays: jax.Array) -> list[jax.Array]:
+        return [geometry.inner(arrays[i], arrays[j], group) for i, j in pairs]
+
+    def in_blocks(*arrays: jax.Array) -> list[jax.Array]:
+        return _in_blocks(arrays, pairs, group)
+
+    # An array over several devices would be gathered by the loop.
+    if jax.device_count() > 1 or _blocks(arrays[0].shape, group) is None:
+        return plainly(*arrays)
+    return lax.platform_dependent(*arrays, cpu=in_blocks, default=plainly)
+
+
+def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, int] | None:
+    """The shape (blocks, rows, ROWS, columns) to view an array as, if it is worth it.
+
+    The leading axes that are summed are split; the others are columns.
+    """
+    leading = _leading(group, len(shape))
+    rows = math.prod(shape[:leading])
+    if math.prod(shape) < SMALL or rows % (2 * ROWS) != 0:
+        return None
+    blocks = math.gcd(rows // ROWS, BLOCKS)
+    return blocks, rows // ROWS // blocks, ROWS, math.prod(shape[leading:])
+
+
+def _leading(group: RadialGroup, ndim: int) -> int:
+    """How many leading axes are summed, all but the last axis at most."""
+    return min((*group.axes(ndim), ndim - 1))
+
+
+def _in_blocks(
+    arrays: Sequence[jax.Array], pairs: tuple[Pair, ...], group: RadialGroup
+) -> list[jax.Array]:
+    shape = arrays[0].shape
+    leading = _leading(group, len(shape))
+    view = _blocks(shape, group)
+    dtype = geometry.accumulator(arrays[0].dtype)
+    zero = jnp.zeros((), dtype)
+
+    def add(a: Any, b: Any) -> Any:
+        return tuple(p + q for p, q in zip(a, b, strict=True))
+
+    def body(totals: Any, block: Any) -> Any:
+        block = [geometry.wide(each) for each in block]
+        products = tuple(block[i] * block[j] for i, j in pairs)
+        sums = lax.reduce(products, (zero,) * len(pairs), add, (1,))
+        return add(totals, [each.sum(0) for each in sums]), None
+
+    start = (jnp.zeros(view[-1:], dtype),) * len(pairs)  # type: ignore[index]
+    totals, _ = lax.scan(body, start, tuple(each.reshape(view) for each in arrays))
+    rest = RadialGroup(tuple(axis - leading for axis in group.axes(len(shape))), group.num_blocks)
+    return [geometry.sum_groups(total.reshape(shape[leading:]), rest) for total in totals]

@@ -1,0 +1,193 @@
+"""Moments on the unit sphere: equal to the composition, and cheap by structure."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trajectory import run
+
+import spherical_optax as so
+from spherical_optax import _sums, geometry
+
+JOINT = {"kernel": so.per_layer(joint="fc"), "bias": so.per_layer(joint="fc")}
+BLOCKS = {name: so.per_channel_block(2, joint="conv") for name in ("kernel", "bias")}
+CASES = {
+    "filters": ({"w": (3, 3, 4, 6)}, {"w": so.per_filter()}),
+    "layer": ({"w": (7, 5)}, {"w": so.per_layer()}),
+    "heads": ({"w": (6, 3, 4)}, {"w": so.per_head(-2)}),
+    "stacked layers": ({"w": (2, 5, 4)}, {"w": so.RadialGroup((0, -1))}),
+    "joint": ({"kernel": (4, 5), "bias": (5,)}, JOINT),
+    "joint blocks": ({"kernel": (3, 3, 2, 6), "bias": (6,)}, BLOCKS),
+    "in one pass, filters": ({"w": (3, 3, 256, 32)}, {"w": so.per_filter()}),
+    "in one pass, layer": ({"w": (512, 160)}, {"w": so.per_layer()}),
+    "in one pass, heads": ({"w": (1024, 8, 16)}, {"w": so.per_head(-2)}),
+    "in one pass, joint": ({"kernel": (1024, 96), "bias": (96,)}, JOINT),
+    "alike": ({f"w{i}": (4, 3) for i in range(21)}, so.groups_by_path({"w": so.per_filter()})),
+    "alike, joint": (
+        {f"l{i}": {"kernel": (4, 3), "bias": (3,)} for i in range(5)},
+        so.groups_by_path({r"(l\d)/": so.per_layer(joint=r"\1")}),
+    ),
+    "no group, one entry": ({"w": (4, 3), "gain": (5,)}, {"w": None, "gain": so.per_filter()}),
+}
+
+
+def tree_of(shapes, seed, dtype="float64"):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(0.5 + rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+PAIRS = {
+    "scale_by_adamsrt": (
+        lambda groups: so.scale_by_adamsrt(0.8, 0.9, 1e-3, groups=groups),
+        lambda groups: so.transport_moments(
+            so.scale_by_adams(0.8, 0.9, 1e-3, groups=groups), groups
+        ),
+    ),
+    "transported_trace": (
+        lambda groups: so.transported_trace(0.8, groups=groups),
+        lambda groups: so.transport_moments(optax.trace(0.8), groups),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("case", CASES)
+def test_equal_to_the_composition(name, case, x64):
+    """For gradients with a radial part too, at radii that change."""
+    shapes, groups = CASES[case]
+    params, grads = tree_of(shapes, 0), [tree_of(shapes, seed) for seed in range(1, 6)]
+    paths = [
+        run(optax.chain(make(groups), optax.scale(-0.1)), params, grads) for make in PAIRS[name]
+    ]
+    for ours, theirs in zip(*paths, strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "one pass" in case])
+def test_sums_in_one_pass(case, x64):
+    """The loop is what these cases take, and sums the same."""
+    shapes, groups = CASES[case]
+    x, y = (list(tree_of(shapes, seed).values()) for seed in (0, 1))
+    unit = dict(enumerate(groups.values()))
+    assert any(_sums._blocks(x[i].shape, group) for i, group in unit.items())
+    vectors = [dict(enumerate(v)) for v in (x, y)]
+    pairs = ((0, 0), (0, 1), (1, 1))
+    found = jax.jit(lambda vectors: _sums.inners(vectors, pairs, unit))(vectors)
+    for (i, j), value in zip(pairs, found, strict=True):
+        expected = geometry.inner(vectors[i], vectors[j], unit)
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+
+def test_state_holds_the_moments_on_the_unit_sphere(x64):
+    """Scaling a group leaves the state as it is: r g is the gradient of its direction."""
+    x, g = tree_of({"w": (5, 3)}, 0)["w"], tree_of({"w": (5, 3)}, 1)["w"]
+    tx, factors = so.scale_by_adamsrt(groups=so.per_filter()), np.array([0.1, 3.0, 50.0])
+    _, state = tx.update(g, tx.init(x), x)
+    _, scaled = tx.update(g / factors, tx.init(x), x * factors)
+    np.testing.assert_allclose(state.mu, scaled.mu, rtol=1e-12)
+    np.testing.assert_allclose(state.nu, scaled.nu, rtol=1e-12)
+    np.testing.assert_allclose(geometry.inner(state.mu, x, so.per_filter()), 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_zero_groups_become_ordinary_once_they_move(name):
+    make, _ = PAIRS[name]
+    tx, params = make(so.per_filter()), jnp.array([[0.0, 1.0], [0.0, 2.0]])
+    g = jnp.array([[3.0, 1.0], [4.0, 0.0]])
+    updates, state = tx.update(g, tx.init(params), params)
+    cosine = updates[:, 0] @ g[:, 0] / jnp.linalg.norm(updates[:, 0]) / 5
+    assert cosine == pytest.approx(1)
+    params = params - 0.1 * updates
+    updates, state = tx.update(jnp.array([[4.0, 0.0], [-3.0, 1.0]]), state, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
+    assert 0.1 < jnp.linalg.norm(updates[:, 0]) < 10
+
+
+def test_moments_of_a_group_turned_by_90_degrees_are_lost():
+    tx = so.transported_trace(0.9, groups=so.per_layer())
+    x, g = jnp.array([1.0, 0.0, 0.0]), jnp.array([0.0, 0.3, 0.1])
+    _, state = tx.update(g, tx.init(x), x)
+    updates, _ = tx.update(jnp.zeros(3), state, g)
+    np.testing.assert_array_equal(updates, 0)
+
+
+# --- structure of the compiled step -----------------------------------------------------
+
+SHAPES = {
+    "conv": {"kernel": (3, 3, 64, 128)},
+    "down": {"kernel": (1, 1, 512, 160)},
+    "fc": {"kernel": (512, 256), "bias": (256,)},
+    "query": {"kernel": (256, 8, 32)},
+    "norm": {"kernel": (64, 96), "scale": (96,)},
+    "head": {"kernel": (128, 10)},
+}
+GROUPS = so.groups_by_path(
+    {
+        r"(conv|down)/kernel": so.per_filter(),
+        r"fc": so.per_layer(joint="fc"),
+        r"query": so.per_head(-2),
+        r"norm/kernel": so.per_channel_block(4),
+    }
+)
+
+
+def compiled_step(tx):
+    params = tree_of(SHAPES, 0, "float32")
+    state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step.lower(params, state, params).compile(), params
+
+
+def big_copies(compiled, entries=4096):
+    """The copies of arrays of a parameter's size in a compiled program."""
+    sizes = []
+    for shape in re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled.as_text()):
+        sizes.append(math.prod(int(n) for n in shape.split(",") if n))
+    return [size for size in sizes if size >= entries]
+
+
+@pytest.mark.parametrize("name", ["adamsrt", "sgdmrt", "adams"])
+def test_compiled_step_is_in_place(name):
+    make = getattr(so, name)
+    compiled, params = compiled_step(make(1e-3, groups=GROUPS))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert big_copies(compiled) == []
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * total
+
+
+def test_the_composition_copies():
+    """The structural test can fail: this is what it guards against."""
+    compiled, _ = compiled_step(so.transport_moments(optax.trace(0.9), GROUPS))
+    assert big_copies(compiled) != []
+
+
+def test_one_trace_per_run():
+    traces = []
+    params = tree_of(SHAPES, 0, "float32")
+    tx = so.adamsrt(1e-3, groups=GROUPS)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, grads):
+        traces.append(None)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state, params)
+    assert len(traces) == 1
