@@ -16,6 +16,7 @@ float64: a step is a small difference of parameters, of which float32 keeps few 
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -30,6 +31,7 @@ from digits import BATCH_SIZE, COLORS, RULES, Dataset, Network, load
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import spherical_optax as so
 
@@ -48,11 +50,11 @@ class Setting(NamedTuple):
 
 
 SETTINGS: dict[Name, Setting] = {
-    "sgd": Setting(0.1, 5e-3),
+    "sgd": Setting(0.1, 1e-2),
     "adam": Setting(0.01, 5e-3),
     "adamw": Setting(0.01, 1.0),
     "adams": Setting(0.01, 5e-3),
-    "adamsrt": Setting(0.01, 5e-3),
+    "adamsrt": Setting(0.01, 2e-2),
 }
 
 
@@ -193,13 +195,16 @@ def train(
         history.append(records)
         losses.append(loss)
         progress.update()
-    stacked = [Record(*map(np.stack, zip(*layer, strict=True))) for layer in zip(*history)]  # noqa: B905
-    return stacked, np.stack(losses)
+    return jax.tree.map(lambda *values: np.stack(values), *history), np.stack(losses)
 
 
 def deviation(records: list[Record]) -> float:
     """The largest relative deviation of the predicted from the measured angle."""
-    return max(float(np.max(np.abs(r.predicted - r.angle) / r.angle)) for r in records)
+    tiny = np.finfo(float).tiny  # a filter may stand still
+    return max(
+        float(np.max(np.abs(record.predicted - record.angle) / np.maximum(record.angle, tiny)))
+        for record in records
+    )
 
 
 def per_epoch(values: np.ndarray, epochs: int) -> np.ndarray:
@@ -238,6 +243,15 @@ def print_table(results: dict[Name, dict[str, Any]]) -> None:
     print("Deviation of the predicted from the measured angle, relative, over steps and filters.")
 
 
+def equilibrium_angle(name: Name) -> float | None:
+    """That of Kosson et al. (2024) for gradients of random directions, where it is known."""
+    rate, decay = SETTINGS[name]
+    return {
+        "sgd": math.sqrt(2 * rate * decay / (1 + MOMENTUM)),
+        "adamw": math.sqrt(2 * rate * decay * (1 - B1) / (1 + B1)),
+    }.get(name)
+
+
 def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) -> None:
     """Means over an epoch's steps and a layer's filters."""
     figure = Figure(figsize=(1.5 + 2.3 * len(runs), 7.4), layout="constrained")
@@ -259,8 +273,14 @@ def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) 
                     values = per_epoch(getattr(record, key), epochs)
                     ax.plot(np.arange(1, epochs + 1), values, style, color=color, lw=1.4)
         column[-1].set_xlabel("epoch")
+        if (angle := equilibrium_angle(name)) is not None:
+            column[-1].axhline(angle, color="0.3", ls=":")
     for ax, label in zip(axes[:, 0], panels.values(), strict=True):
         ax.set_ylabel(label)
+    radii = axes[1, 0].yaxis
+    radii.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    radii.set_major_formatter(StrMethodFormatter("{x:g}"))
+    radii.set_minor_formatter(NullFormatter())
     handles = [
         *(
             Line2D([], [], color=color, label=layer)
@@ -268,9 +288,10 @@ def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) 
         ),
         Line2D([], [], color="0.3", label="without decay"),
         Line2D([], [], color="0.3", ls="--", label="with decay"),
+        Line2D([], [], color="0.3", ls=":", label="equilibrium of random gradients"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=85, pil_kwargs={"optimize": True})
 
 
 def main(config: Config) -> None:
