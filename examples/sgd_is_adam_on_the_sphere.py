@@ -35,7 +35,13 @@ import spherical_optax as so
 Path: TypeAlias = list[np.ndarray]
 """The kernels of each layer, of shape (steps + 1, height, width, in, out)."""
 
-COLORS = {"adamg_star": "#D55E00", "fixed radius": "#0072B2", "adam": "#009E73"}
+COLORS = {
+    "adamg_star": "#D55E00",
+    "nudged sgd": "#CC79A7",
+    "fixed radius": "#0072B2",
+    "adam": "#009E73",
+}
+NUDGE = 1e-6
 # Adam's learning rate over that of SGD, with which its filters turn about as far.
 ADAM_RATIO = 1 / 200
 
@@ -92,6 +98,7 @@ def make_optimizers(rate: float, decay: float) -> dict[str, optax.GradientTransf
     return {
         "sgd": sgd,
         "adamg_star": so.adamg_star(rate, decay, groups=RULES),
+        "nudged sgd": sgd,
         "fixed radius": optax.chain(sgd, so.retract(RULES)),
         "adam": optax.chain(optax.add_decayed_weights(decay), optax.adam(ADAM_RATIO * rate)),
     }
@@ -145,10 +152,11 @@ def compare(
 ) -> dict[str, Any]:
     """One learning rate: angles from the start and from SGD, after each step."""
     steps = round(config.time / rate)
-    paths = {
-        name: trajectory(tx, steps, params, gradient, progress)
-        for name, tx in make_optimizers(rate, config.weight_decay).items()
-    }
+    paths = {}
+    for name, tx in make_optimizers(rate, config.weight_decay).items():
+        factor = 1 + NUDGE if name == "nudged sgd" else 1
+        start = jax.tree.map(lambda leaf, factor=factor: factor * leaf, params)
+        paths[name] = trajectory(tx, steps, start, gradient, progress)
     sgd = paths["sgd"]
     return {
         "learning_rate": rate,
@@ -171,20 +179,13 @@ def fitted_powers(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def print_table(runs: list[dict[str, Any]], powers: dict[str, float]) -> None:
-    print("\n               SGD turned  largest angle from SGD (rad)")
-    print("rate    steps  by (rad)    adamg_star  fixed radius  adam")
+    print(f"\n{'SGD turned':>25}  largest angle from SGD (rad)")
+    print("rate    steps    by (rad)  " + "  ".join(f"{name:>12}" for name in COLORS))
     for run in runs:
-        apart = {name: values[-1] for name, values in run["apart"].items()}
-        print(
-            f"{run['learning_rate']:<6g}  {run['steps']:>5}  {run['travelled']['sgd'][-1]:<10.3f}"
-            f"  {apart['adamg_star']:<10.2e}  {apart['fixed radius']:<12.2e}  {apart['adam']:.2e}"
-        )
-    print(
-        "fitted power of the rate".ljust(27)
-        + "  ".join(
-            f"{powers[name]:<{width}.2f}" for name, width in zip(COLORS, (10, 12, 4), strict=True)
-        ).rstrip()
-    )
+        apart = "  ".join(f"{run['apart'][name][-1]:>12.2e}" for name in COLORS)
+        turned = run["travelled"]["sgd"][-1]
+        print(f"{run['learning_rate']:<6g}  {run['steps']:>5}  {turned:>10.3f}  {apart}")
+    print(f"{'fitted power':<25}  " + "  ".join(f"{powers[name]:>12.2f}" for name in COLORS))
     print("At the end: the mean over filters of the angle from the start, the largest from SGD.")
 
 
@@ -205,8 +206,11 @@ def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Pat
         label = f"{name}, fitted power {powers[name]:.2f}"
         right.plot(rates, ends, "o-", color=color, label=label)
     right.set_xscale("log")
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.set_xticks([], minor=True)
     right.set_xlabel("learning rate of SGD, for the same time")
     right.set_ylabel("the same at the end (rad)")
+    left.set_ylim(bottom=1e-12)  # the first step is the same but for rounding
     for ax in (left, right):
         ax.set_yscale("log")
         ax.grid(alpha=0.3)
@@ -219,7 +223,7 @@ def main(config: Config) -> None:
     jax.config.update("jax_enable_x64", True)
     params, gradient = make_problem(config)
     rates = sorted(set(config.learning_rate), reverse=True)
-    total = 4 * sum(round(config.time / rate) for rate in rates)
+    total = (1 + len(COLORS)) * sum(round(config.time / rate) for rate in rates)
     with tqdm.tqdm(total=total, unit="step") as progress:
         runs = [compare(rate, config, params, gradient, progress) for rate in rates]
     powers = fitted_powers(runs)
