@@ -18,7 +18,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -159,9 +159,9 @@ def functional_loss(model: Network) -> tuple[Callable[..., jax.Array], Any]:
 
 
 def make_step(
-    name: Name, decay: float, tx: optax.GradientTransformation, loss_fn: Callable[..., jax.Array]
-) -> Callable[..., Any]:
-    """The training step, which returns a record per layer."""
+    name: Name, decay: float, tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, optax.OptState, list[Record]]]:
+    """The optimizer's step, which returns a record per layer too."""
     learning_rate = SETTINGS[name].learning_rate
     coupled = 0.0 if name == "adamw" else decay
     # Decoupled decay multiplies x by 1 - learning_rate decay, which no direction feels: to
@@ -169,8 +169,7 @@ def make_step(
     rate = learning_rate / (1 - learning_rate * decay) if name == "adamw" else learning_rate
 
     @jax.jit
-    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
+    def step(grads: Any, state: Any, params: Any) -> tuple[Any, optax.OptState, list[Record]]:
         updates, state = tx.update(grads, state, params)
         after = optax.apply_updates(params, updates)
         records = []
@@ -186,21 +185,26 @@ def make_step(
                     predicted=predicted.angle,
                 )
             )
-        return after, state, loss, records
+        return after, state, records
 
     return step
 
 
 def train(
-    name: Name, decay: float, config: Config, data: Dataset, progress: tqdm.tqdm
+    name: Name,
+    decay: float,
+    params: Any,
+    gradient: Callable[..., tuple[jax.Array, Any]],
+    data: Iterable[tuple[jax.Array, jax.Array]],
+    progress: tqdm.tqdm,
 ) -> tuple[list[Record], np.ndarray]:
-    """Trains one network; returns each layer's records, of shape (steps, filters), and losses."""
-    loss_fn, params = functional_loss(Network(nnx.Rngs(config.seed)))
+    """Trains on the batches; returns layers' records, of shape (steps, filters), and losses."""
     tx = make_optimizer(name, SETTINGS[name].learning_rate, decay)
-    step = make_step(name, decay, tx, loss_fn)
+    step = make_step(name, decay, tx)
     state, history, losses = tx.init(params), [], []
-    for images, labels in batches(data, config.seed, config.epochs):
-        params, state, loss, records = step(params, state, images, labels)
+    for images, labels in data:
+        loss, grads = gradient(params, images, labels)
+        params, state, records = step(grads, state, params)
         history.append(records)
         losses.append(loss)
         progress.update()
@@ -314,6 +318,8 @@ def main(config: Config) -> None:
     check(config)
     jax.config.update("jax_enable_x64", True)
     data, _ = load()
+    loss_fn, params = functional_loss(Network(nnx.Rngs(config.seed)))
+    gradient = jax.jit(jax.value_and_grad(loss_fn))  # compiled once for all optimizers
     names = tuple(dict.fromkeys(config.optimizer))
     runs: dict[Name, list[list[Record]]] = {}
     results: dict[Name, dict[str, Any]] = {}
@@ -324,7 +330,8 @@ def main(config: Config) -> None:
             runs[name], results[name] = [], {"learning_rate": rate, "runs": []}
             for decay in (0.0, strength):
                 progress.set_description(f"{name}, decay {decay:g}")
-                records, losses = train(name, decay, config, data, progress)
+                same = batches(data, config.seed, config.epochs)
+                records, losses = train(name, decay, params, gradient, same, progress)
                 runs[name].append(records)
                 results[name]["runs"].append(summarize(decay, records, losses, config.epochs))
     print_table(results)

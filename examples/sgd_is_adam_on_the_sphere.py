@@ -192,7 +192,7 @@ def print_table(runs: list[dict[str, Any]], powers: dict[str, float]) -> None:
 def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Path) -> None:
     """Left the whole way, right its end."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharey=True)
     for run, alpha in zip(runs, np.linspace(1, 0.35, len(runs)), strict=True):
         for name, color in COLORS.items():
             label = f"{name}, {run['learning_rate']:g}" if name == "adamg_star" else None
@@ -203,16 +203,17 @@ def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Pat
     rates = [run["learning_rate"] for run in runs]
     for name, color in COLORS.items():
         ends = [run["apart"][name][-1] for run in runs]
-        label = f"{name}, fitted power {powers[name]:.2f}"
+        label = f"{name}, fitted power {powers[name]:.2f}" if name == "adamg_star" else name
         right.plot(rates, ends, "o-", color=color, label=label)
     right.set_xscale("log")
     right.set_xticks(rates, [f"{rate:g}" for rate in rates])
     right.set_xticks([], minor=True)
     right.set_xlabel("learning rate of SGD, for the same time")
-    right.set_ylabel("the same at the end (rad)")
+    right.set_title("at the end", fontsize=10)
+    left.set_title("on the way", fontsize=10)
+    left.set_yscale("log")
     left.set_ylim(bottom=1e-12)  # the first step is the same but for rounding
     for ax in (left, right):
-        ax.set_yscale("log")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9)
     save(figure, path)
