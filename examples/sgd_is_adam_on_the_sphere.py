@@ -215,7 +215,7 @@ def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Pat
     left.set_ylim(bottom=1e-12)  # the first step is the same but for rounding
     for ax in (left, right):
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=9)
+        ax.legend(fontsize=9, loc="lower right")
     save(figure, path)
 
 
