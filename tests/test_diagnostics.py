@@ -135,6 +135,41 @@ def test_closed_form_of_sgd_with_decay(decay, x64):
     np.testing.assert_allclose(step.direction, r * g, atol=1e-13)  # the gradient at u
 
 
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_gradients_are_tangent_and_of_degree_minus_one(factor, x64):
+    x, batch = kernel(), data()[0]
+    g = gradient(x, batch)
+    assert np.abs(geometry.inner(g, x, so.per_filter())).max() < 1e-15
+    np.testing.assert_allclose(gradient(factor * x, batch), g / factor, rtol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_radius_after_a_step_of_sgd(decay, x64):
+    """Tangent steps add their square to that of the radius; decay only scales it."""
+    x, lr = kernel(), 0.5
+    g = gradient(x, data()[0])
+    updates, _ = optimizer("sgd", decay).update(g, optimizer("sgd", decay).init(x), x)
+    r, after = (geometry.norm(each, so.per_filter()) for each in (x, x + updates))
+    square = (1 - lr * decay) ** 2 * r**2 + lr**2 * geometry.norm(g, so.per_filter()) ** 2
+    np.testing.assert_allclose(after**2, square, rtol=1e-12)
+
+
+def test_only_division_by_entry_gives_a_step_a_radial_part(x64):
+    """Adam's first step on a tangent gradient, and that of AdamS."""
+    x, group = kernel(), so.per_filter()
+    g = gradient(x, data()[0])
+    radial = {}
+    for name, tx in {
+        "adam": optax.scale_by_adam(eps=0.0),
+        "adams": so.scale_by_adams(eps=0.0, groups=group),
+    }.items():
+        step, _ = tx.update(g, tx.init(x), x)
+        lengths = geometry.norm(step, group) * geometry.norm(x, group)
+        radial[name] = np.abs(geometry.inner(step, x, group) / lengths)
+    assert radial["adams"].max() < 1e-14
+    assert radial["adam"].max() > 0.1
+
+
 @pytest.mark.parametrize("denominator", ["number", "per group", "per entry"])
 @pytest.mark.parametrize(
     "group",

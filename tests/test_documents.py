@@ -20,7 +20,11 @@ def blocks(name):
 
 @pytest.mark.parametrize(
     ("name", "shown"),
-    [("README.md", [True, False, True]), ("docs/groups.md", [True, False])],
+    [
+        ("README.md", [True, False, True]),
+        ("docs/groups.md", [True, False]),
+        ("docs/theory.md", [True, True, True, True]),
+    ],
 )
 def test_examples_run(name, shown):
     examples = list(blocks(name))

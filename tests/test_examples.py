@@ -55,17 +55,81 @@ def test_find_groups():
         assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
+def test_effective_learning_rate(tmp_path):
+    names = ["sgd", "adam", "adamw", "adams", "adamsrt"]
+    result = run("--epochs", "2", "--out", str(tmp_path), program="effective_learning_rate.py")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(report["optimizers"]) == names
+    for name, row in report["optimizers"].items():
+        without, decayed = row["runs"]
+        for each in (without, decayed):
+            # The theorem is exact; angles of 1e-3 lose three of float64's sixteen digits.
+            assert each["largest_relative_deviation"] < 1e-11, name
+            assert f"{name:<9}  {each['decay']:>8g}" in result.stdout
+            assert f"{each['largest_relative_deviation']:.1e}" in result.stdout
+        for layer, values in without["layers"].items():
+            assert values["angle_rad"] > 1e-4, (name, layer)
+            assert values["radius"] > decayed["layers"][layer]["radius"], (name, layer)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_sgd_is_adam_on_the_sphere(tmp_path):
+    options = ["--learning-rate", "0.1", "0.05", "--time", "2", "--images", "64"]
+    program = "sgd_is_adam_on_the_sphere.py"
+    result = run(*options, "--out", str(tmp_path), program=program)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["fitted_powers"]["adamg_star"] > 2.5
+    assert f"{report['fitted_powers']['adamg_star']:.2f}" in result.stdout
+    for row, steps in zip(report["learning_rates"], (20, 40), strict=True):
+        assert row["steps"] == steps
+        assert row["travelled"]["sgd"] > 0.05
+        apart = row["apart"]
+        assert apart["adamg_star"] < 1e-6
+        assert min(apart["fixed radius"], apart["adam"]) > 1e4 * apart["adamg_star"]
+        assert f"{apart['adamg_star']:.2e}" in result.stdout
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("program", "options", "message"),
     [
-        (["--epochs", "0"], "--epochs: expected at least 1, found 0"),
-        (["--seeds", "-1"], "--seeds: expected at least 1, found -1"),
-        (["--learning-rate", "-1"], "--learning-rate: expected a positive number, found -1.0"),
-        (["--optimizer", "adagrad"], "adamsrt"),
+        ("digits.py", ["--epochs", "0"], "--epochs: expected at least 1, found 0"),
+        ("digits.py", ["--seeds", "-1"], "--seeds: expected at least 1, found -1"),
+        (
+            "digits.py",
+            ["--learning-rate", "-1"],
+            "--learning-rate: expected a positive number, found -1.0",
+        ),
+        ("digits.py", ["--optimizer", "adagrad"], "adamsrt"),
+        (
+            "effective_learning_rate.py",
+            ["--epochs", "0"],
+            "--epochs: expected at least 1, found 0",
+        ),
+        ("effective_learning_rate.py", ["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (
+            "sgd_is_adam_on_the_sphere.py",
+            ["--learning-rate", "0.1"],
+            "--learning-rate: expected at least two different ones, found (0.1,)",
+        ),
+        (
+            "sgd_is_adam_on_the_sphere.py",
+            ["--weight-decay", "9"],
+            "--weight-decay: expected a number in [0, 5), found 9.0",
+        ),
+        (
+            "sgd_is_adam_on_the_sphere.py",
+            ["--time", "0.1"],
+            "--time: expected at least one step, found 0.1",
+        ),
     ],
 )
-def test_bad_option(options, message, tmp_path):
-    result = run(*options, "--out", str(tmp_path))
+def test_bad_option(program, options, message, tmp_path):
+    result = run(*options, "--out", str(tmp_path), program=program)
     assert result.returncode != 0
     assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr

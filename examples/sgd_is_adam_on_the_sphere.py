@@ -1,0 +1,258 @@
+"""Shows on a network with BatchNorm that SGD with L2 is an Adam on the sphere.
+
+SGD with L2 and AdamG* start from the same weights and see the same batch, at several
+learning rates, for the same time (steps times learning rate). The program prints how far
+the filters turned, how far the two runs' filters are apart, and the power of the learning
+rate with which that vanishes; it writes `results.json` and `curves.png`.
+
+Three controls say what that is worth: SGD from weights multiplied by 1 + 1e-6, which is how
+much training amplifies a small difference; SGD whose filters are put back to their initial
+radius after each step; and Adam. The agreement is one of small steps, and ends where training
+turns filters far in a step and amplifies differences: `--time 20` is long enough to see it.
+
+    python examples/sgd_is_adam_on_the_sphere.py
+    python examples/sgd_is_adam_on_the_sphere.py --epsilon 1e-5    # Flax's default
+    python examples/sgd_is_adam_on_the_sphere.py --help
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+import tyro
+from digits import RULES, Network, load
+from effective_learning_rate import LAYERS, functional_loss, save
+from flax import nnx
+from matplotlib.figure import Figure
+
+import spherical_optax as so
+
+Path: TypeAlias = list[np.ndarray]
+"""The kernels of each layer, of shape (steps + 1, height, width, in, out)."""
+
+COLORS = {
+    "adamg_star": "#D55E00",
+    "nudged sgd": "#CC79A7",
+    "fixed radius": "#0072B2",
+    "adam": "#009E73",
+}
+NUDGE = 1e-6
+# Adam's learning rate over that of SGD, with which its filters turn about as far.
+ADAM_RATIO = 1 / 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Angles between the filters of SGD with L2 and of AdamG*, on digits."""
+
+    learning_rate: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)
+    """Learning rates of SGD, at least two."""
+    weight_decay: float = 0.05
+    """L2 factor."""
+    time: float = 5.0
+    """Steps times learning rate, for every learning rate."""
+    images: int = 128
+    """Size of the batch, the same at every step."""
+    epsilon: float = 1e-12
+    """Added to the variance by BatchNorm. The loss is radially invariant only where this is
+    negligible."""
+    out: pathlib.Path = pathlib.Path("out/sgd_is_adam")
+    """Directory for results.json and curves.png."""
+
+
+def check(config: Config) -> None:
+    """Exits with a message if a value is out of range or the directory cannot be made."""
+    rates, fastest = config.learning_rate, max(config.learning_rate, default=math.nan)
+    positive = all(0 < rate < math.inf for rate in rates)
+    for option, value, expected, valid in (
+        ("--learning-rate", rates, "positive numbers", positive),
+        ("--learning-rate", rates, "at least two different ones", len(set(rates)) > 1),
+        ("--time", config.time, "at least one step", fastest <= config.time < math.inf),
+        (
+            "--weight-decay",
+            config.weight_decay,
+            f"a number in [0, {1 / fastest:g})",
+            0 <= config.weight_decay < 1 / fastest,
+        ),
+        ("--images", config.images, "between 2 and 1347", 2 <= config.images <= 1347),
+        ("--epsilon", config.epsilon, "a number in [0, 1]", 0 <= config.epsilon <= 1),
+    ):
+        if not valid:
+            raise SystemExit(
+                f"sgd_is_adam_on_the_sphere.py: {option}: expected {expected}, found {value}"
+            )
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"sgd_is_adam_on_the_sphere.py: --out: {error}") from None
+
+
+def make_optimizers(rate: float, decay: float) -> dict[str, optax.GradientTransformation]:
+    """SGD with L2 first; what no rule matches follows it everywhere but under Adam."""
+    sgd = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
+    return {
+        "sgd": sgd,
+        "adamg_star": so.adamg_star(rate, decay, groups=RULES),
+        "nudged sgd": sgd,
+        "fixed radius": optax.chain(sgd, so.retract(RULES)),
+        "adam": optax.chain(optax.add_decayed_weights(decay), optax.adam(ADAM_RATIO * rate)),
+    }
+
+
+def make_problem(config: Config) -> tuple[Any, Callable[[Any], Any]]:
+    """The initial parameters, and the gradient of the loss on the batch."""
+    (images, labels), _ = load()
+    x, y = jnp.asarray(images[: config.images], float), jnp.asarray(labels[: config.images])
+    model = Network(nnx.Rngs(0))
+    for norm in (model.norm1, model.norm2, model.norm3):
+        norm.epsilon = config.epsilon
+    loss_fn, params = functional_loss(model)
+    return params, jax.jit(lambda params: jax.grad(loss_fn)(params, x, y))
+
+
+def trajectory(
+    tx: optax.GradientTransformation,
+    steps: int,
+    params: Any,
+    gradient: Callable[[Any], Any],
+    progress: tqdm.tqdm,
+) -> Path:
+    """The kernels before, between and after the steps."""
+
+    @jax.jit
+    def step(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, path = tx.init(params), [params]
+    for _ in range(steps):
+        params, state = step(gradient(params), params, state)
+        path.append(params)
+        progress.update()
+    return [np.stack([each[layer]["kernel"][...] for each in path]) for layer in LAYERS]
+
+
+def angles(a: Path, b: Path) -> np.ndarray:
+    """The angles between the filters of two paths, of shape (steps + 1, filters)."""
+    filters = so.RadialGroup((0, -1))  # the steps are one more index axis
+    each = [
+        so.geometry.angle(jnp.asarray(x), jnp.broadcast_to(y, x.shape), filters)
+        for x, y in zip(a, b, strict=True)
+    ]
+    return np.concatenate(each, axis=1)
+
+
+def compare(
+    rate: float, config: Config, params: Any, gradient: Callable[[Any], Any], progress: tqdm.tqdm
+) -> dict[str, Any]:
+    """One learning rate: angles from the start and from SGD, after each step."""
+    steps = round(config.time / rate)
+    paths = {}
+    for name, tx in make_optimizers(rate, config.weight_decay).items():
+        factor = 1 + NUDGE if name == "nudged sgd" else 1
+        start = jax.tree.map(lambda leaf, factor=factor: factor * leaf, params)
+        paths[name] = trajectory(tx, steps, start, gradient, progress)
+    sgd = paths["sgd"]
+    return {
+        "learning_rate": rate,
+        "steps": steps,
+        "travelled": {
+            name: angles(path, [kernel[:1] for kernel in path]).mean(1)
+            for name, path in paths.items()
+        },
+        "largest_step": float(
+            angles([kernel[1:] for kernel in sgd], [kernel[:-1] for kernel in sgd]).max()
+        ),
+        "apart": {name: angles(paths[name], sgd).max(1) for name in COLORS},
+    }
+
+
+def fitted_powers(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """The power of the learning rate with which the angle at the end grows."""
+    rates = np.log([run["learning_rate"] for run in runs])
+    return {
+        name: float(np.polyfit(rates, np.log([run["apart"][name][-1] for run in runs]), 1)[0])
+        for name in COLORS
+        if name != "nudged sgd"  # its difference does not come from the learning rate
+    }
+
+
+def print_table(runs: list[dict[str, Any]], powers: dict[str, float]) -> None:
+    print(f"\n{'SGD turned by (rad)':>37}  largest angle from SGD (rad)")
+    names = "  ".join(f"{name:>12}" for name in COLORS)
+    print(f"rate    steps  {'in all':>8}  {'largest step':>12}  {names}")
+    for run in runs:
+        apart = "  ".join(f"{run['apart'][name][-1]:>12.2e}" for name in COLORS)
+        turned, step = run["travelled"]["sgd"][-1], run["largest_step"]
+        print(
+            f"{run['learning_rate']:<6g}  {run['steps']:>5}  {turned:>8.3f}  {step:>12.3f}  {apart}"
+        )
+    fitted = "  ".join(
+        f"{powers[name]:>12.2f}" if name in powers else f"{'-':>12}" for name in COLORS
+    )
+    print(f"{'fitted power of the rate':<37}  {fitted}")
+    print("At the end: the mean over filters of the angle from the start, the largest from SGD.")
+
+
+def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Path) -> None:
+    """Left the whole way, right its end."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for run, alpha in zip(runs, np.linspace(1, 0.35, len(runs)), strict=True):
+        for name, color in COLORS.items():
+            label = f"{name}, {run['learning_rate']:g}" if name == "adamg_star" else None
+            turned, apart = run["travelled"]["sgd"][1:], run["apart"][name][1:]
+            left.plot(turned, apart, color=color, alpha=alpha, label=label)
+    left.set_xlabel("SGD's mean angle from the start (rad)")
+    left.set_ylabel("largest angle from SGD's filter (rad)")
+    rates = [run["learning_rate"] for run in runs]
+    for name, color in COLORS.items():
+        ends = [run["apart"][name][-1] for run in runs]
+        label = f"{name}, fitted power {powers[name]:.2f}" if name == "adamg_star" else name
+        right.plot(rates, ends, "o-", color=color, label=label)
+    right.set_xscale("log")
+    right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    right.set_xticks([], minor=True)
+    right.set_xlabel("learning rate of SGD, for the same time")
+    right.set_title("at the end", fontsize=10)
+    left.set_title("on the way", fontsize=10)
+    left.set_yscale("log")
+    left.set_ylim(bottom=1e-12)  # the first step is the same but for rounding
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=9, loc="lower right")
+    save(figure, path)
+
+
+def main(config: Config) -> None:
+    check(config)
+    jax.config.update("jax_enable_x64", True)
+    params, gradient = make_problem(config)
+    rates = sorted(set(config.learning_rate), reverse=True)
+    total = (1 + len(COLORS)) * sum(round(config.time / rate) for rate in rates)
+    with tqdm.tqdm(total=total, unit="step") as progress:
+        runs = [compare(rate, config, params, gradient, progress) for rate in rates]
+    powers = fitted_powers(runs)
+    print_table(runs, powers)
+    settings = {key: getattr(config, key) for key in ("weight_decay", "time", "images", "epsilon")}
+    ends = [
+        run
+        | {key: {k: float(v[-1]) for k, v in run[key].items()} for key in ("travelled", "apart")}
+        for run in runs
+    ]
+    report = settings | {"fitted_powers": powers, "learning_rates": ends}
+    (config.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(runs, powers, config.out / "curves.png")
+    print(f"Wrote results.json and curves.png to {config.out}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
