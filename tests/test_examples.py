@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -44,6 +45,53 @@ def test_found_groups_train_as_the_rules_do(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_rest_of_the_family_trains(tmp_path):
+    names = ["adamg", "adamg_star", "adamp", "sgdp", "hyperball"]
+    names += ["rotational_adamw", "rotational_sgdm", "rotational_lion"]
+    options = ["--groups", "auto", "--epochs", "10", "--seeds", "1", "--out", str(tmp_path)]
+    result = run("--optimizer", *names, *options)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(report["optimizers"]) == names
+    for name, row in report["optimizers"].items():
+        assert row["test_accuracy_mean"] > 0.9, name
+
+
+@pytest.mark.slow
+def test_ablation(tmp_path):
+    options = ["--epochs", "3", "--seeds", "2", "--learning-rates", "0.01", "0.03"]
+    options += ["--weight-decays", "0", "1e-4", "--out", str(tmp_path)]
+    result = run(*options, program="ablation.py")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results.json").read_text())
+    names = ["adam", "adams", "adam + transport", "adamsrt"]
+    assert list(report["optimizers"]) == names
+    baseline = report["optimizers"]["adam"]
+    table = {line[:16].strip(): line[16:] for line in result.stdout.splitlines()}
+    for name, row in report["optimizers"].items():
+        best = min(row["search"], key=lambda found: found["loss"])
+        assert len(row["search"]) == 4
+        assert [best["learning_rate"], best["weight_decay"]] == [
+            row["learning_rate"],
+            row["weight_decay"],
+        ]
+        assert row["learning_rate_on_edge"]
+        assert f"{row['learning_rate']:g}*" in table[name]
+        for key, scale, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+            values = np.array(row[key]["per_seed"])
+            differences = values - np.array(baseline[key]["per_seed"])
+            mean, std = scale * values.mean(), scale * values.std(ddof=1)
+            change, error = (
+                scale * differences.mean(),
+                scale * differences.std(ddof=1) / 2**0.5,
+            )
+            assert f"{mean:.{digits}f} ± {std:.{digits}f}" in table[name]
+            assert f"{change:+.{digits}f} ± {error:.{digits}f}" in table[name]
+        assert row["accuracy"]["mean"] > 0.5
+    assert "on the grid's edge" in result.stdout
+
+
+@pytest.mark.slow
 def test_find_groups():
     result = run(program="find_groups.py")
     assert result.returncode == 0, result.stderr
@@ -56,16 +104,26 @@ def test_find_groups():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("program", "options", "message"),
     [
-        (["--epochs", "0"], "--epochs: expected at least 1, found 0"),
-        (["--seeds", "-1"], "--seeds: expected at least 1, found -1"),
-        (["--learning-rate", "-1"], "--learning-rate: expected a positive number, found -1.0"),
-        (["--optimizer", "adagrad"], "adamsrt"),
+        ("digits.py", ["--epochs", "0"], "--epochs: expected at least 1, found 0"),
+        ("digits.py", ["--seeds", "-1"], "--seeds: expected at least 1, found -1"),
+        (
+            "digits.py",
+            ["--learning-rate", "-1"],
+            "--learning-rate: expected a positive number, found -1.0",
+        ),
+        ("digits.py", ["--optimizer", "adagrad"], "adamsrt"),
+        ("ablation.py", ["--images", "1347"], "--images: expected 32 to 1346, found 1347"),
+        (
+            "ablation.py",
+            ["--weight-decays", "0", "-1"],
+            "--weight-decays: expected numbers not below 0, found (0.0, -1.0)",
+        ),
     ],
 )
-def test_bad_option(options, message, tmp_path):
-    result = run(*options, "--out", str(tmp_path))
+def test_bad_option(program, options, message, tmp_path):
+    result = run(*options, "--out", str(tmp_path), program=program)
     assert result.returncode != 0
-    assert message in result.stderr + result.stdout
+    assert f"{program}: {message}" in result.stderr or message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
