@@ -52,9 +52,9 @@ class Config:
     """Training images of a run; the rest of the training set measures the search."""
     epochs: int = 40
     """Passes over them."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """Initial learning rates to search, decayed to zero along a cosine."""
-    weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3)
+    weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
     """Factors of the coupled L2 term to search."""
     seeds: int = 5
     """Runs that are reported, with the seeds 0, 1, ...; the search takes as many, the next."""
