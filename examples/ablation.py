@@ -1,8 +1,8 @@
 """Which part of AdamSRT does what? Adam, its two changes alone, and both, on few images.
 
 AdamSRT changes Adam twice: one second moment per group, so that no gradient is deformed,
-and momentum carried to where the group now is, so that no step has a radial part. Each
-change is a public transform, so the four combinations are four chains of transforms.
+and moments carried to where the group now is, so that no momentum is radial. Each change is
+a public transform, so the four combinations are four chains of transforms.
 
 The network and the digits are those of digits.py, but each run trains on a few hundred
 images only: with all of them every optimizer is right on 99 %. Learning rate and decay are
@@ -255,7 +255,8 @@ def main(config: Config) -> None:
         name: summarize(outcome, outcomes[BASELINE], config) for name, outcome in outcomes.items()
     }
     print_table(results)
-    settings = dataclasses.asdict(config) | {"out": str(config.out), "batch_size": BATCH_SIZE}
+    settings = dataclasses.asdict(config) | {"batch_size": BATCH_SIZE}
+    del settings["out"]
     report = settings | {"device": jax.devices()[0].device_kind, "optimizers": results}
     (config.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"Wrote results.json to {config.out}.")
