@@ -103,7 +103,7 @@ LEARNING_RATES: dict[Name, float] = {
     "sgd": 0.3,
 }
 
-# Okabe and Ito's colours for the default ones, Tol's muted ones for the others.
+# Okabe and Ito's colours for the default ones, and eight more that differ from them.
 STYLES: dict[Name, tuple[str, str]] = {
     "adamsrt": ("#D55E00", "-"),
     "adams": ("#E69F00", "-"),
@@ -111,7 +111,7 @@ STYLES: dict[Name, tuple[str, str]] = {
     "adamg": ("#000000", "-"),
     "adamg_star": ("#999999", "-"),
     "adamp": ("#882255", "-."),
-    "sgdp": ("#CC6677", "-."),
+    "sgdp": ("#7A4B1E", "-."),
     "hyperball": ("#117733", "-"),
     "rotational_adamw": ("#332288", ":"),
     "rotational_sgdm": ("#999933", ":"),
@@ -302,7 +302,9 @@ def print_table(results: dict[Name, dict[str, Any]]) -> None:
 
 def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib.Path) -> None:
     """Lines are means over the seeds; bands span the seeds' range."""
-    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    columns = 3
+    height = 6.7 + 0.25 * math.ceil(len(runs) / columns)  # two rows of panels, and the legend
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     panels = {
         "loss": "training loss (nats)",
@@ -329,7 +331,7 @@ def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     title = "optimizer, initial learning rate"
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
     figure.savefig(path, dpi=100)
 
 
