@@ -3,7 +3,7 @@
 Every optimizer starts from the same weights and sees the same batches. The run prints a
 table of test accuracy and step time, and writes `results.json` and `curves.png`.
 
-    python examples/digits.py                                  # all six optimizers
+    python examples/digits.py                                  # six optimizers
     python examples/digits.py --optimizer adamsrt adam --seeds 2
     python examples/digits.py --optimizer adamsrt --learning-rate 0.1 --epochs 40
     python examples/digits.py --help
@@ -15,8 +15,10 @@ import json
 import math
 import pathlib
 import statistics
+import sys
 import time
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +34,27 @@ from sklearn.model_selection import train_test_split
 
 import spherical_optax as so
 
-Name: TypeAlias = Literal["adamsrt", "adams", "sgdmrt", "adam", "adamw", "sgd"]
+Name: TypeAlias = Literal[
+    "adamsrt",
+    "adams",
+    "sgdmrt",
+    "adamg",
+    "adamg_star",
+    "adamp",
+    "sgdp",
+    "hyperball",
+    "rotational_adamw",
+    "rotational_sgdm",
+    "rotational_lion",
+    "adam",
+    "adamw",
+    "sgd",
+]
 Dataset: TypeAlias = tuple[np.ndarray, np.ndarray]  # images (n, 8, 8, 1), labels (n,)
 Curves: TypeAlias = dict[str, np.ndarray]  # one value per epoch
+Make: TypeAlias = Callable[..., optax.GradientTransformation]
 
+DEFAULT: tuple[Name, ...] = ("adamsrt", "adams", "sgdmrt", "adam", "adamw", "sgd")
 BATCH_SIZE = 128
 
 # BatchNorm follows each convolution, so multiplying a filter by a positive number does not
@@ -43,29 +62,75 @@ BATCH_SIZE = 128
 # linear layer: no rule matches it, and it has no group.
 RULES = so.groups_by_path({r"conv\d+/kernel": so.per_filter()})
 
+SPHERICAL: dict[Name, Make] = {
+    "adamsrt": so.adamsrt,
+    "adams": so.adams,
+    "sgdmrt": so.sgdmrt,
+    "adamg": so.adamg,
+    "adamg_star": so.adamg_star,
+    "adamp": so.adamp,
+    "sgdp": so.sgdp,
+    "hyperball": functools.partial(so.hyperball, optax.scale_by_adam()),
+    # The decay sets the angle of a step: more than the defaults, which are for longer runs.
+    "rotational_adamw": functools.partial(so.rotational_adamw, weight_decay=0.1),
+    "rotational_sgdm": functools.partial(so.rotational_sgdm, weight_decay=1e-3),
+    "rotational_lion": functools.partial(so.rotational_lion, weight_decay=1.0),
+}
+BASELINES: dict[Name, Make] = {
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "sgd": functools.partial(optax.sgd, momentum=0.9),
+}
+
 # Learning rates of a grid search on held-out parts of the training set: 3e-4, 1e-3, ..., 0.3
-# (ten times that for sgdmrt and sgd), 20 epochs, the best mean accuracy over ten seeds other
-# than those used here, each fold of a 5-fold cross-validation twice; ties by cross-entropy.
+# (ten times that for adamg_star and those that follow SGD), 20 epochs, the best mean accuracy
+# over ten seeds other than those used here, each fold of a 5-fold cross-validation twice; ties
+# by cross-entropy.
 LEARNING_RATES: dict[Name, float] = {
     "adamsrt": 0.03,
     "adams": 0.01,
     "sgdmrt": 1.0,
+    "adamg": 0.3,
+    "adamg_star": 3.0,
+    "adamp": 0.3,
+    "sgdp": 1.0,
+    "hyperball": 0.1,
+    "rotational_adamw": 0.03,
+    "rotational_sgdm": 0.3,
+    "rotational_lion": 0.01,
     "adam": 0.03,
     "adamw": 0.01,
     "sgd": 0.3,
 }
-COLORS = ("#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73")  # Okabe and Ito's
+
+# Okabe and Ito's colours for the default ones, and eight more that differ from them.
+STYLES: dict[Name, tuple[str, str]] = {
+    "adamsrt": ("#D55E00", "-"),
+    "adams": ("#E69F00", "-"),
+    "sgdmrt": ("#CC79A7", "-"),
+    "adamg": ("#000000", "-"),
+    "adamg_star": ("#999999", "-"),
+    "adamp": ("#882255", "-."),
+    "sgdp": ("#7A4B1E", "-."),
+    "hyperball": ("#117733", "-"),
+    "rotational_adamw": ("#332288", ":"),
+    "rotational_sgdm": ("#999933", ":"),
+    "rotational_lion": ("#AA4499", ":"),
+    "adam": ("#0072B2", "--"),
+    "adamw": ("#56B4E9", "--"),
+    "sgd": ("#009E73", "--"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Compares optimizers on 8x8 images of handwritten digits."""
 
-    optimizer: tuple[Name, ...] = get_args(Name)
+    optimizer: tuple[Name, ...] = DEFAULT
     """Optimizers to train with, one or several."""
     learning_rate: float | None = None
-    """Initial learning rate, decayed to zero along a cosine. None: the one tuned for each
-    optimizer."""
+    """Initial learning rate, decayed to zero along a cosine; adamg_star keeps it. None: the
+    one tuned for each optimizer."""
     epochs: int = 20
     """Passes over the training set."""
     groups: Literal["rules", "auto"] = "rules"
@@ -76,21 +141,19 @@ class Config:
     """Directory for results.json and curves.png."""
 
 
-def check(config: Config) -> None:
-    """Exits with a message if a value is out of range or the directory cannot be made."""
-    rate = config.learning_rate
-    for option, value, expected, valid in (
-        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
-        ("--learning-rate", rate, "a positive number", rate is None or 0 < rate < math.inf),
-        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
-        ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
-    ):
+def check_options(out: pathlib.Path, *options: tuple[str, Any, str, bool]) -> None:
+    """Exits with a message if an option is not valid, or the directory cannot be made.
+
+    Each option is its name, its value, what is expected, and whether the value is that.
+    """
+    program = pathlib.Path(sys.argv[0]).name
+    for name, value, expected, valid in options:
         if not valid:
-            raise SystemExit(f"digits.py: {option}: expected {expected}, found {value}")
+            raise SystemExit(f"{program}: {name}: expected {expected}, found {value}")
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemExit(f"digits.py: --out: {error}") from None
+        raise SystemExit(f"{program}: --out: {error}") from None
 
 
 class Network(nnx.Module):
@@ -116,20 +179,14 @@ class Network(nnx.Module):
 
 
 def make_optimizer(
-    name: Name, learning_rate: optax.ScalarOrSchedule, groups: Any
+    name: Name, learning_rate: float, steps: int, groups: so.Groups
 ) -> optax.GradientTransformation:
-    """The optimizer of that name; those of optax have no use for the groups."""
-    if name == "adamsrt":
-        return so.adamsrt(learning_rate, groups=groups)
-    if name == "adams":
-        return so.adams(learning_rate, groups=groups)
-    if name == "sgdmrt":
-        return so.sgdmrt(learning_rate, momentum=0.9, groups=groups)
-    if name == "adam":
-        return optax.adam(learning_rate)
-    if name == "adamw":
-        return optax.adamw(learning_rate)
-    return optax.sgd(learning_rate, momentum=0.9)
+    """The optimizer of that name, its learning rate decayed to zero where it can be."""
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    if name in BASELINES:
+        return BASELINES[name](schedule)
+    # AdamG*'s second moment starts from its learning rate, a number.
+    return SPHERICAL[name](learning_rate if name == "adamg_star" else schedule, groups=groups)
 
 
 def find_groups(images: np.ndarray) -> so.FoundGroups:
@@ -232,18 +289,22 @@ def summarize(learning_rate: float, runs: list[Curves], times: list[float]) -> d
 
 
 def print_table(results: dict[Name, dict[str, Any]]) -> None:
-    print("\noptimizer  learning rate  test accuracy (%)  step (ms)")
+    width = max(map(len, ["optimizer", *results]))
+    print(f"\n{'optimizer':<{width}}  learning rate  test accuracy (%)  step (ms)")
     for name, row in results.items():
         std = row["test_accuracy_std"]
         spread = "" if std is None else f"± {100 * std:.2f}"
         accuracy = f"{100 * row['test_accuracy_mean']:.2f} {spread:<6}"
-        print(f"{name:<9}  {row['learning_rate']:>13g}  {accuracy:>17}  {row['step_ms']:>9.2f}")
+        setting = f"{name:<{width}}  {row['learning_rate']:>13g}"
+        print(f"{setting}  {accuracy:>17}  {row['step_ms']:>9.2f}")
     print("Mean ± sample standard deviation over seeds; median step, without compilation.")
 
 
 def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib.Path) -> None:
     """Lines are means over the seeds; bands span the seeds' range."""
-    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    columns = 3
+    height = 6.7 + 0.25 * math.ceil(len(runs) / columns)  # two rows of panels, and the legend
+    figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     panels = {
         "loss": "training loss (nats)",
@@ -256,8 +317,8 @@ def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib
         for name in runs:
             values = np.stack([run[key] for run in runs[name]]) * (100 if key == "accuracy" else 1)
             epochs = np.arange(1, values.shape[1] + 1)
-            style = "." if len(epochs) == 1 else "--" if name in ("adam", "adamw", "sgd") else "-"
-            color = COLORS[get_args(Name).index(name)]
+            color, style = STYLES[name]
+            style = "." if len(epochs) == 1 else style
             ax.plot(epochs, values.mean(0), style, color=color, label=f"{name}, {rates[name]:g}")
             ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
         ax.set_ylabel(label)
@@ -270,12 +331,19 @@ def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     title = "optimizer, initial learning rate"
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
     figure.savefig(path, dpi=100)
 
 
 def main(config: Config) -> None:
-    check(config)
+    rate = config.learning_rate
+    check_options(
+        config.out,
+        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
+        ("--learning-rate", rate, "a positive number", rate is None or 0 < rate < math.inf),
+        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
+        ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
+    )
     data = load()
     groups = find_groups(data[0][0][:8]) if config.groups == "auto" else RULES
     print(so.describe_groups(nnx.state(Network(nnx.Rngs(0)), nnx.Param), groups), flush=True)
@@ -284,10 +352,7 @@ def main(config: Config) -> None:
     names = tuple(dict.fromkeys(config.optimizer))
     rates = {name: config.learning_rate or LEARNING_RATES[name] for name in names}
     # Shared by all seeds: a new transformation would be compiled again.
-    txs = {
-        name: make_optimizer(name, optax.cosine_decay_schedule(rates[name], steps), groups)
-        for name in names
-    }
+    txs = {name: make_optimizer(name, rates[name], steps, groups) for name in names}
     runs: dict[Name, list[Curves]] = {name: [] for name in names}
     times: dict[Name, list[float]] = {name: [] for name in names}
     with tqdm.tqdm(total=config.seeds * len(names) * config.epochs, unit="epoch") as progress:

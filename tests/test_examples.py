@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -41,6 +42,49 @@ def test_found_groups_train_as_the_rules_do(tmp_path):
         accuracies.append(report["optimizers"]["adamsrt"]["test_accuracy_per_seed"])
     assert accuracies[0] == accuracies[1]
     assert "forward passes" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_family_trains(tmp_path):
+    names = ["adamg", "adamg_star", "adamp", "sgdp", "hyperball"]
+    names += ["rotational_adamw", "rotational_sgdm", "rotational_lion"]
+    options = ["--groups", "auto", "--epochs", "10", "--seeds", "1", "--out", str(tmp_path)]
+    result = run("--optimizer", *names, *options)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert list(report["optimizers"]) == names
+    for name, row in report["optimizers"].items():
+        assert row["test_accuracy_mean"] > 0.9, name
+
+
+@pytest.mark.slow
+def test_ablation(tmp_path):
+    options = ["--epochs", "3", "--seeds", "2", "--learning-rates", "0.01", "0.03"]
+    options += ["--weight-decays", "0", "1e-4", "--out", str(tmp_path)]
+    result = run(*options, program="ablation.py")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results.json").read_text())
+    names = ["adam", "adams", "adam + transport", "adamsrt"]
+    assert list(report["optimizers"]) == names
+    baseline = report["optimizers"]["adam"]
+    table = {line[:16].strip(): line[16:] for line in result.stdout.splitlines()}
+    for name, row in report["optimizers"].items():
+        best = min(row["search"], key=lambda found: found["loss"])
+        assert len(row["search"]) == 4
+        for key in ("learning_rate", "weight_decay"):
+            assert row[key] == best[key]
+        assert row["learning_rate_on_edge"]
+        assert f"{row['learning_rate']:g}*" in table[name]
+        for key, scale, digits in (("accuracy", 100, 2), ("loss", 1, 4)):
+            values = np.array(row[key]["per_seed"])
+            differences = values - np.array(baseline[key]["per_seed"])
+            mean, std = scale * values.mean(), scale * values.std(ddof=1)
+            change = scale * differences.mean()
+            error = scale * differences.std(ddof=1) / 2**0.5
+            assert f"{mean:.{digits}f} ± {std:.{digits}f}" in table[name]
+            assert f"{change:+.{digits}f} ± {error:.{digits}f}" in table[name]
+        assert row["accuracy"]["mean"] > 0.5
+    assert "on the grid's edge" in result.stdout
 
 
 @pytest.mark.slow
@@ -125,6 +169,12 @@ def test_sgd_is_adam_on_the_sphere(tmp_path):
             "sgd_is_adam_on_the_sphere.py",
             ["--time", "0.1"],
             "--time: expected at least one step, found 0.1",
+        ),
+        ("ablation.py", ["--images", "1347"], "--images: expected 32 to 1346, found 1347"),
+        (
+            "ablation.py",
+            ["--weight-decays", "0", "-1"],
+            "--weight-decays: expected numbers not below 0, found (0.0, -1.0)",
         ),
     ],
 )

@@ -1,0 +1,266 @@
+"""Which part of AdamSRT does what? Adam, its two changes alone, and both, on few images.
+
+AdamSRT changes Adam twice: one second moment per group, so that no gradient is deformed,
+and moments carried to where the group now is, so that no momentum is radial. Each change is
+a public transform, so the four combinations are four chains of transforms.
+
+The network and the digits are those of digits.py, but each run trains on a few hundred
+images only: with all of them every optimizer is right on 99 %. Learning rate and decay are
+searched on the training images that a run leaves out, over the same grid for all, with
+other seeds than those reported. A seed sets the images trained on, their batches and the
+initial weights. The run prints a table, and writes `results.json` with the whole search.
+
+    python examples/ablation.py
+    python examples/ablation.py --images 640 --seeds 10
+    python examples/ablation.py --help
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+import tqdm
+import tyro
+from digits import RULES, Dataset, Network, check_options, load
+from flax import nnx
+
+import spherical_optax as so
+
+BATCH_SIZE = 32
+BASELINE = "adam"
+DIRECTIONS: dict[str, optax.GradientTransformation] = {
+    BASELINE: optax.scale_by_adam(),
+    "adams": so.scale_by_adams(groups=RULES),
+    "adam + transport": so.transport_moments(optax.scale_by_adam(), RULES),
+    "adamsrt": so.transport_moments(so.scale_by_adams(groups=RULES), RULES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compares Adam, its two changes towards AdamSRT, and both."""
+
+    images: int = 320
+    """Training images of a run; the rest of the training set measures the search."""
+    epochs: int = 40
+    """Passes over them."""
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    """Initial learning rates to search, decayed to zero along a cosine."""
+    weight_decays: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    """Factors of the coupled L2 term to search."""
+    seeds: int = 5
+    """Runs that are reported, with the seeds 0, 1, ...; the search takes as many, the next."""
+    out: pathlib.Path = pathlib.Path("out/ablation")
+    """Directory for results.json."""
+
+
+class Setting(NamedTuple):
+    """What the search chooses."""
+
+    learning_rate: float
+    weight_decay: float
+
+
+class Score(NamedTuple):
+    accuracy: float
+    loss: float  # cross-entropy in nats
+
+
+Variables: TypeAlias = tuple[Any, Any, Any]  # parameters, batch statistics, optimizer's state
+Run: TypeAlias = Callable[..., Score]  # of a setting, a seed, and whether to test
+Step: TypeAlias = Callable[[Variables, np.ndarray, np.ndarray, Setting], Variables]
+
+GRAPH = nnx.graphdef(Network(nnx.Rngs(0)))
+
+
+def make_optimizer(
+    direction: optax.GradientTransformation, setting: Setting, steps: int
+) -> optax.GradientTransformation:
+    """The same chain for all: L2 comes before the moments, and acts on all weights."""
+    schedule = optax.cosine_decay_schedule(setting.learning_rate, steps)
+    return optax.chain(
+        optax.add_decayed_weights(setting.weight_decay),
+        direction,
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def make_step(direction: optax.GradientTransformation, steps: int) -> Step:
+    """One step of training, compiled once for all settings."""
+
+    # Not a scan over the steps: XLA's convolutions on CPU are much slower in a loop.
+    @jax.jit
+    def step(
+        variables: Variables, images: jax.Array, labels: jax.Array, setting: Setting
+    ) -> Variables:
+        params, stats, state = variables
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(GRAPH, params, stats, copy=True)
+            logits = model(images)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return loss, nnx.state(model, nnx.BatchStat)
+
+        grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+        tx = make_optimizer(direction, setting, steps)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), stats, state
+
+    return step
+
+
+@jax.jit
+def evaluate(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Score:
+    model = nnx.merge(GRAPH, params, stats, copy=True)
+    model.eval()  # BatchNorm's running statistics
+    logits = model(images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return Score((logits.argmax(axis=-1) == labels).mean(), losses.mean())
+
+
+def make_run(
+    direction: optax.GradientTransformation, config: Config, data: tuple[Dataset, Dataset]
+) -> Run:
+    """Training in one direction, from the same weights and on the same batches per seed."""
+    (images, labels), test_set = data
+    steps = config.epochs * (config.images // BATCH_SIZE)
+    step = make_step(direction, steps)
+
+    def run(setting: Setting, seed: int, *, test: bool) -> Score:
+        rng = np.random.default_rng(seed)
+        chosen, left_out = np.split(rng.permutation(len(images)), [config.images])
+        _, params, stats = nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
+        variables = (params, stats, make_optimizer(direction, setting, steps).init(params))
+        for _ in range(config.epochs):
+            order = rng.permutation(chosen)[: len(chosen) // BATCH_SIZE * BATCH_SIZE]
+            for batch in order.reshape(-1, BATCH_SIZE):
+                variables = step(variables, images[batch], labels[batch], setting)
+        held_out = test_set if test else (images[left_out], labels[left_out])
+        accuracy, loss = evaluate(*variables[:2], *held_out)
+        return Score(float(accuracy), float(loss))
+
+    return run
+
+
+class Outcome(NamedTuple):
+    setting: Setting  # the best one
+    search: dict[Setting, float]  # mean loss on images left out
+    scores: list[Score]  # on the test set, per seed
+
+
+def measure(name: str, config: Config, data: tuple[Dataset, Dataset]) -> Outcome:
+    """Searches the grid, and tests the best setting with other seeds."""
+    run = make_run(DIRECTIONS[name], config, data)
+    grid = [Setting(*x) for x in itertools.product(config.learning_rates, config.weight_decays)]
+    search_seeds = range(config.seeds, 2 * config.seeds)
+    search = {
+        setting: statistics.mean(run(setting, seed, test=False).loss for seed in search_seeds)
+        for setting in tqdm.tqdm(grid, desc=name, unit="setting")
+    }
+    best = min(grid, key=lambda setting: np.nan_to_num(search[setting], nan=np.inf))
+    return Outcome(best, search, [run(best, seed, test=True) for seed in range(config.seeds)])
+
+
+def on_edge(value: float, values: tuple[float, ...]) -> bool:
+    """Whether a wider grid might have given another value; there is none below 0."""
+    return value == max(values) or value == min(values) > 0
+
+
+def spread(values: list[float], baseline: list[float]) -> dict[str, Any]:
+    """Mean and spread over the seeds, and those of the differences to the baseline's runs."""
+    differences = [x - y for x, y in zip(values, baseline, strict=True)]
+    several = len(values) > 1
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if several else None,
+        "difference": statistics.mean(differences),
+        "stderr": statistics.stdev(differences) / math.sqrt(len(values)) if several else None,
+        "per_seed": values,
+    }
+
+
+def summarize(outcome: Outcome, baseline: Outcome, config: Config) -> dict[str, Any]:
+    """One direction's results."""
+    accuracies, losses = zip(*outcome.scores, strict=True)
+    base_accuracies, base_losses = zip(*baseline.scores, strict=True)
+    rate, decay = outcome.setting
+    return {
+        "learning_rate": rate,
+        "learning_rate_on_edge": on_edge(rate, config.learning_rates),
+        "weight_decay": decay,
+        "weight_decay_on_edge": on_edge(decay, config.weight_decays),
+        "accuracy": spread(accuracies, base_accuracies),
+        "loss": spread(losses, base_losses),
+        "search": [setting._asdict() | {"loss": x} for setting, x in outcome.search.items()],
+    }
+
+
+def cells(stats: dict[str, Any], scale: float, digits: int) -> list[str]:
+    """A quantity's mean and its difference to the baseline, each with its spread."""
+    texts = []
+    for mean, spread, sign in (("mean", "std", ""), ("difference", "stderr", "+")):
+        text = f"{scale * stats[mean]:{sign}.{digits}f}"
+        if stats[spread] is not None:
+            text += f" ± {scale * stats[spread]:.{digits}f}"
+        texts.append(text)
+    return texts
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    head = ["optimizer", "learning rate", "decay", "accuracy (%)", "difference"]
+    table = [[*head, "loss (nats)", head[-1]]]
+    for name, result in results.items():
+        setting = [
+            f"{result[key]:g}" + "*" * result[f"{key}_on_edge"]
+            for key in ("learning_rate", "weight_decay")
+        ]
+        measured = cells(result["accuracy"], 100, 2) + cells(result["loss"], 1, 4)
+        table.append([name, *setting, *measured])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for name, *values in table:
+        aligned = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
+        print(f"{name:<{widths[0]}}", *aligned, sep="  ")
+    print("On the test set: mean ± sample standard deviation over seeds. Differences to")
+    print(f"{BASELINE} with the same seed: mean ± standard error.")
+    if "*" in "".join(value for line in table for value in line):
+        print("* on the grid's edge: a wider grid might have given another value.")
+
+
+def main(config: Config) -> None:
+    data = load()
+    most = len(data[0][0]) - 1
+    rates, decays = config.learning_rates, config.weight_decays
+    rates_valid = len(rates) > 0 and all(0 < rate < math.inf for rate in rates)
+    decays_valid = len(decays) > 0 and all(0 <= decay < math.inf for decay in decays)
+    images_valid = BATCH_SIZE <= config.images <= most
+    check_options(
+        config.out,
+        ("--images", config.images, f"{BATCH_SIZE} to {most}", images_valid),
+        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
+        ("--learning-rates", rates, "positive numbers", rates_valid),
+        ("--weight-decays", decays, "numbers not below 0", decays_valid),
+        ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
+    )
+    outcomes = {name: measure(name, config, data) for name in DIRECTIONS}
+    results = {
+        name: summarize(outcome, outcomes[BASELINE], config) for name, outcome in outcomes.items()
+    }
+    print_table(results)
+    settings = dataclasses.asdict(config) | {"batch_size": BATCH_SIZE}
+    del settings["out"]
+    report = settings | {"device": jax.devices()[0].device_kind, "optimizers": results}
+    (config.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"Wrote results.json to {config.out}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
