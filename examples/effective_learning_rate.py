@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import tqdm
 import tyro
-from digits import BATCH_SIZE, COLORS, RULES, Dataset, Network, load
+from digits import BATCH_SIZE, RULES, Dataset, Network, check_options, load
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,7 +38,7 @@ import spherical_optax as so
 
 Name: TypeAlias = Literal["sgd", "adam", "adamw", "adams", "adamsrt"]
 
-LAYERS = ("conv1", "conv2", "conv3")
+LAYERS = {"conv1": "#D55E00", "conv2": "#CC79A7", "conv3": "#56B4E9"}  # colours
 FILTERS = so.per_filter()
 MOMENTUM, B1, B2, EPS = 0.9, 0.9, 0.999, 1e-8
 
@@ -82,23 +82,6 @@ class Config:
     """Directory for results.json and curves.png."""
 
 
-def check(config: Config) -> None:
-    """Exits with a message if a value is out of range or the directory cannot be made."""
-    for option, value, expected, valid in (
-        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
-        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
-        ("--seed", config.seed, "at least 0", config.seed >= 0),
-    ):
-        if not valid:
-            raise SystemExit(
-                f"effective_learning_rate.py: {option}: expected {expected}, found {value}"
-            )
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"effective_learning_rate.py: --out: {error}") from None
-
-
 def make_optimizer(name: Name, learning_rate: float, decay: float) -> optax.GradientTransformation:
     """The optimizer of that name; the decay is L2, decoupled for adamw."""
     if name == "adams":
@@ -128,10 +111,12 @@ def quotient(
 
     if name == "sgd":
         return moment("trace"), 1.0
-    count = optax.tree.get(state, "count")
-    m, b = moment("mu"), jnp.sqrt(moment("nu") / (1 - B2**count)) + EPS
-    if name == "adamsrt":  # its state keeps the tangent part only
-        m += (1 - B1) * (gradient - so.geometry.project(gradient, kernel, FILTERS))
+    m, v, count = moment("mu"), moment("nu"), optax.tree.get(state, "count")
+    if name == "adamsrt":  # its state is that of the gradient on the unit sphere, tangent part
+        radius = so.geometry.norm(kernel, FILTERS)
+        radial = gradient - so.geometry.project(gradient, kernel, FILTERS)
+        m, v = m / radius + (1 - B1) * radial, v / radius**2
+    b = jnp.sqrt(v / (1 - B2**count)) + EPS
     if name in ("adams", "adamsrt"):
         b /= np.sqrt(kernel[..., 0].size)
     return m / (1 - B1**count), b
@@ -282,7 +267,7 @@ def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) 
             ax.set_yscale("log")
             ax.grid(alpha=0.3)
             for records, style in zip(pair, ("-", "--"), strict=True):
-                for record, color in zip(records, COLORS[::2], strict=True):
+                for record, color in zip(records, LAYERS.values(), strict=True):
                     values = per_epoch(getattr(record, key), epochs)
                     ax.plot(np.arange(1, epochs + 1), values, style, color=color, lw=1.4)
         column[-1].set_xlabel("epoch")
@@ -295,10 +280,7 @@ def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) 
     radii.set_major_formatter(StrMethodFormatter("{x:g}"))
     radii.set_minor_formatter(NullFormatter())
     handles = [
-        *(
-            Line2D([], [], color=color, label=layer)
-            for layer, color in zip(LAYERS, COLORS[::2], strict=True)
-        ),
+        *(Line2D([], [], color=color, label=layer) for layer, color in LAYERS.items()),
         Line2D([], [], color="0.3", label="without decay"),
         Line2D([], [], color="0.3", ls="--", label="with decay"),
         Line2D([], [], color="0.3", ls=":", label="equilibrium of random gradients"),
@@ -315,7 +297,12 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 
 
 def main(config: Config) -> None:
-    check(config)
+    check_options(
+        config.out,
+        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
+        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
+        ("--seed", config.seed, "at least 0", config.seed >= 0),
+    )
     jax.config.update("jax_enable_x64", True)
     data, _ = load()
     loss_fn, params = functional_loss(Network(nnx.Rngs(config.seed)))

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 import tqdm
 import tyro
-from digits import RULES, Network, load
+from digits import RULES, Network, check_options, load
 from effective_learning_rate import LAYERS, functional_loss, save
 from flax import nnx
 from matplotlib.figure import Figure
@@ -66,33 +66,6 @@ class Config:
     negligible."""
     out: pathlib.Path = pathlib.Path("out/sgd_is_adam")
     """Directory for results.json and curves.png."""
-
-
-def check(config: Config) -> None:
-    """Exits with a message if a value is out of range or the directory cannot be made."""
-    rates, fastest = config.learning_rate, max(config.learning_rate, default=math.nan)
-    positive = all(0 < rate < math.inf for rate in rates)
-    for option, value, expected, valid in (
-        ("--learning-rate", rates, "positive numbers", positive),
-        ("--learning-rate", rates, "at least two different ones", len(set(rates)) > 1),
-        ("--time", config.time, "at least one step", fastest <= config.time < math.inf),
-        (
-            "--weight-decay",
-            config.weight_decay,
-            f"a number in [0, {1 / fastest:g})",
-            0 <= config.weight_decay < 1 / fastest,
-        ),
-        ("--images", config.images, "between 2 and 1347", 2 <= config.images <= 1347),
-        ("--epsilon", config.epsilon, "a number in [0, 1]", 0 <= config.epsilon <= 1),
-    ):
-        if not valid:
-            raise SystemExit(
-                f"sgd_is_adam_on_the_sphere.py: {option}: expected {expected}, found {value}"
-            )
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"sgd_is_adam_on_the_sphere.py: --out: {error}") from None
 
 
 def make_optimizers(rate: float, decay: float) -> dict[str, optax.GradientTransformation]:
@@ -233,7 +206,19 @@ def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Pat
 
 
 def main(config: Config) -> None:
-    check(config)
+    rates, fastest = config.learning_rate, max(config.learning_rate, default=math.nan)
+    positive = all(0 < rate < math.inf for rate in rates)
+    below = 1 / fastest if positive else math.nan
+    decay_valid = 0 <= config.weight_decay < below
+    check_options(
+        config.out,
+        ("--learning-rate", rates, "positive numbers", positive),
+        ("--learning-rate", rates, "at least two different ones", len(set(rates)) > 1),
+        ("--time", config.time, "at least one step", fastest <= config.time < math.inf),
+        ("--weight-decay", config.weight_decay, f"a number in [0, {below:g})", decay_valid),
+        ("--images", config.images, "between 2 and 1347", 2 <= config.images <= 1347),
+        ("--epsilon", config.epsilon, "a number in [0, 1]", 0 <= config.epsilon <= 1),
+    )
     jax.config.update("jax_enable_x64", True)
     params, gradient = make_problem(config)
     rates = sorted(set(config.learning_rate), reverse=True)

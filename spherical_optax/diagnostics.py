@@ -294,9 +294,11 @@ def effective_learning_rate(
     AdamS          a = mhat                                 b = (sqrt(vhat) + eps) / sqrt(d)
     ```
 
-    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS,
-    but their states keep only the tangent part of m: to it belongs the radial part
-    <g, u> u, times 1 - dampening or 1 - b1. For SGD with L2 factor w
+    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS;
+    their states hold the moments of r g, and only the tangent part of the first: m is
+    trace / r + (1 - dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2.
+    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w). For SGD
+    with L2 factor w
 
     ```
     lr_eff = learning_rate / (r^2 (1 - learning_rate w))

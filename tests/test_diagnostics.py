@@ -112,15 +112,17 @@ def test_predicted_angle_and_direction_are_those_measured(name, decay, x64):
 
 @pytest.mark.parametrize(("name", "part"), [("adamsrt", 1 - BETA1), ("sgdmrt", 1 - DAMPENING)])
 def test_numerator_from_the_state_of_transported_moments(name, part, x64):
-    """As the docstring says: the state's tangent part, and the gradient's radial part."""
+    """As the docstring says: the state's moments of r g, and the gradient's radial part."""
     path, grads, states = trajectory(name, decay=0.3)
     for t, (x, g, state) in enumerate(zip(path, grads, states, strict=False), start=1):
-        u = np.asarray(x) / np.linalg.norm(x, axis=0)
+        r = np.linalg.norm(x, axis=0)
+        u = np.asarray(x) / r
         moment = optax.tree.get(state, "mu" if name == "adamsrt" else "trace")
-        a, b = np.asarray(moment) + part * (g * u).sum(0) * u, 1.0
+        a, b = np.asarray(moment) / r + part * (g * u).sum(0) * u, 1.0
         if name == "adamsrt":
             a = a / (1 - BETA1**t)
-            b = (np.sqrt(optax.tree.get(state, "nu") / (1 - BETA2**t)) + EPS) / np.sqrt(6)
+            v = optax.tree.get(state, "nu") / r**2
+            b = (np.sqrt(v / (1 - BETA2**t)) + EPS) / np.sqrt(6)
         step = predict(x, a, b, LR[name], so.per_filter())
         check_step(step, x, path[t])
 
