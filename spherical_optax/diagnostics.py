@@ -18,12 +18,8 @@ from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
 from spherical_optax.transforms._units import (
     Unit,
-    check_state,
-    per_leaf,
     pick,
     require_params,
-    state_like,
-    zero,
     zeros_per_group,
 )
 
@@ -46,46 +42,31 @@ class SphereMetrics(NamedTuple):
     step_tangential: Any
 
 
-class Summary(NamedTuple):
-    """A metric over the groups of each leaf.
-
-    Attributes:
-      mean: The mean.
-      min: The smallest value.
-      max: The largest value.
-    """
-
-    mean: Any
-    min: Any
-    max: Any
-
-
 class RecordSphereState(NamedTuple):
     """State of `record_sphere`.
 
     Attributes:
-      sphere: `SphereMetrics` of the last step. Each metric is a `Summary` of trees like the
-        parameters, of scalars; with `per_group` one such tree, of one value per group. Zeros
-        before the first step, and for leaves without a group.
+      sphere: The last step, zeros before the first: nested dictionaries with the
+        parameters' keys, of the leaves that have a group only. Each array has the rows of
+        `SphereMetrics`, with one value per group: shape (5, *group.shape(x.shape)).
+        `optax.tree_map_params` gives it to `transform_non_params` as one node.
     """
 
-    sphere: SphereMetrics
+    sphere: Any
 
 
 class RecordGradientState(NamedTuple):
     """State of `record_gradient`.
 
     Attributes:
-      gradient_cosine: <g, u> / |g| at the last update, kept as the metrics of
-        `RecordSphereState` are; 0 where the gradient or the group is zero.
+      gradient_cosine: <g, u> / |g| at the last update, 0 where the gradient or the group is
+        zero; kept as `RecordSphereState.sphere` is, without the first axis.
     """
 
     gradient_cosine: Any
 
 
-def record_sphere(
-    groups: Groups, *, per_group: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
     """Records how each step moves the groups; put it last in a chain.
 
     ```
@@ -99,12 +80,10 @@ def record_sphere(
     Args:
       groups: See the module `spherical_optax.groups`. The leaves of a joint group all hold
         the values of the whole group.
-      per_group: Whether to keep each group's value, shape `group.shape(x.shape)`, instead of
-        mean, min and max over a leaf's groups. Values are float32, or float64 for float64
-        parameters.
 
     Returns:
-      A transformation with state `RecordSphereState`; `update` needs params.
+      A transformation with state `RecordSphereState`, float32 or, for float64 parameters,
+      float64; `update` needs params.
 
     Raises:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
@@ -113,37 +92,28 @@ def record_sphere(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import spherical_optax as so
-      >>> groups = so.groups_by_path({"kernel": so.per_layer()})
+      >>> groups = so.groups_by_path({"kernel": so.per_filter()})
       >>> tx = optax.chain(optax.sgd(1.0), so.record_sphere(groups))
-      >>> params = {"kernel": jnp.array([1., 0.])}
-      >>> _, state = tx.update({"kernel": jnp.array([0., 1.])}, tx.init(params), params)
-      >>> sphere = optax.tree.get(state, "sphere")
-      >>> print(sphere.step_angle.mean["kernel"], sphere.radius_after.mean["kernel"])
-      0.7853982 1.4142135
+      >>> params = {"kernel": jnp.array([[1., 2.], [0., 0.]])}
+      >>> _, state = tx.update({"kernel": jnp.array([[0., 0.], [1., 2.]])}, tx.init(params), params)
+      >>> sphere = so.SphereMetrics(*optax.tree.get(state, "sphere")["kernel"])
+      >>> print(sphere.step_angle, sphere.radius_after.max())
+      [0.7853982 0.7853982] 2.828427
 
     References:
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022.
     """
 
-    def measure(v: Any, x: Any, unit: Unit) -> tuple[jax.Array, ...]:
-        step = {i: geometry.wide(v[i]) for i in unit}
-        return _measure(x, {i: geometry.wide(x[i]) + step[i] for i in unit}, step, unit)
+    def measure(v: Any, x: Any, unit: Unit) -> jax.Array:
+        return jnp.stack(_measure({i: geometry.wide(v[i]) for i in unit}, x, unit))
 
     return _recorder(
-        "record_sphere",
-        groups,
-        per_group,
-        measure,
-        pack=lambda metrics: RecordSphereState(sphere=SphereMetrics(*metrics)),
-        unpack=lambda state: state.sphere,
-        count=len(SphereMetrics._fields),
+        "record_sphere", groups, measure, (len(SphereMetrics._fields),), RecordSphereState
     )
 
 
-def record_gradient(
-    groups: Groups, *, per_group: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
     """Records the cosine of gradient and weight; put it first in a chain.
 
     ```
@@ -157,7 +127,6 @@ def record_gradient(
 
     Args:
       groups: See the module `spherical_optax.groups`.
-      per_group: As in `record_sphere`.
 
     Returns:
       A transformation with state `RecordGradientState`; `update` needs params.
@@ -172,7 +141,7 @@ def record_gradient(
       >>> tx = optax.chain(so.record_gradient(so.per_layer()), optax.sgd(1.0))
       >>> params = jnp.array([1., 0.])
       >>> _, state = tx.update(jnp.array([3., 4.]), tx.init(params), params)
-      >>> print(optax.tree.get(state, "gradient_cosine").mean)
+      >>> print(optax.tree.get(state, "gradient_cosine"))
       0.6
 
     References:
@@ -180,24 +149,12 @@ def record_gradient(
       Neurocomputing 2022.
     """
 
-    def measure(g: Any, x: Any, unit: Unit) -> tuple[jax.Array, ...]:
+    def measure(g: Any, x: Any, unit: Unit) -> jax.Array:
         g = {i: geometry.wide(g[i]) for i in unit}
-        lengths = geometry.norm(g, unit), geometry.norm(x, unit)
-        return (
-            geometry.safe_divide(
-                geometry.safe_divide(geometry.inner(g, x, unit), lengths[0]), lengths[1]
-            ),
-        )
+        cosine = geometry.safe_divide(geometry.inner(g, x, unit), geometry.norm(g, unit))
+        return geometry.safe_divide(cosine, geometry.norm(x, unit))
 
-    return _recorder(
-        "record_gradient",
-        groups,
-        per_group,
-        measure,
-        pack=lambda metrics: RecordGradientState(*metrics),
-        unpack=lambda state: state,
-        count=1,
-    )
+    return _recorder("record_gradient", groups, measure, (), RecordGradientState)
 
 
 def sphere_metrics(
@@ -252,7 +209,7 @@ def sphere_metrics(
                     f"snapshots, found {np.shape(x[i])} before and {np.shape(y[i])} after."
                 )
         step = {i: geometry.wide(y[i]) - geometry.wide(x[i]) for i in unit}
-        metrics = _measure(pick(unit, x), pick(unit, y), step, unit)
+        metrics = _measure(step, pick(unit, x), unit)
         for i, group in unit.items():
             shape = group.shape(x[i].shape)
             found[i] = SphereMetrics(*(value.reshape(shape) for value in metrics))
@@ -364,46 +321,36 @@ def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
     return jnp.broadcast_to(b, x.shape)
 
 
-def _measure(x: Any, y: Any, step: Any, unit: Unit) -> SphereMetrics:
-    """The metrics of one unit, step = y - x, one value per group."""
+def _measure(step: Any, x: Any, unit: Unit) -> SphereMetrics:
+    """The metrics of one unit that makes a step from x, one value per group."""
     r = geometry.norm(x, unit)
+    radial = geometry.safe_divide(geometry.inner(step, x, unit), r)
+    tangential = geometry.norm(geometry.project(step, x, unit), unit)
+    after = jnp.hypot(r + radial, tangential)
+    degenerate = (r == 0) | (after == 0)
+    angle = jnp.arctan2(tangential, jnp.where(degenerate, 1, r + radial))
     return SphereMetrics(
         radius_before=r,
-        radius_after=geometry.norm(y, unit),
-        step_angle=geometry.angle(x, y, unit),
-        step_radial=geometry.safe_divide(geometry.inner(step, x, unit), r),
-        step_tangential=geometry.norm(geometry.project(step, x, unit), unit),
+        radius_after=after,
+        step_angle=jnp.where(degenerate, 0, angle),
+        step_radial=radial,
+        step_tangential=tangential,
     )
 
 
 def _recorder(
     who: str,
     groups: Groups,
-    per_group: bool,
-    measure: Callable[[Any, Any, Unit], tuple[jax.Array, ...]],
-    *,
-    pack: Callable[[list[Any]], Any],
-    unpack: Callable[[Any], tuple[Any, ...]],
-    count: int,
+    measure: Callable[[Any, Any, Unit], jax.Array],
+    metrics: tuple[int, ...],
+    state_type: Callable[[Any], Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that keeps what `measure` finds, `count` metrics per group.
-
-    Each metric is one tree like the parameters, or with `per_group=False` a `Summary` of
-    them; `pack` makes the state from the metrics and `unpack` the metrics from the state.
-    """
+    """A transformation that keeps what `measure` finds: per group, or rows of such values."""
 
     def init(params: optax.Params) -> Any:
-        units, leaves = radial_units(groups, params), _trees.flatten(params)[0]
-
-        def tree() -> Any:
-            zeros = zeros_per_group(units, leaves)
-            if not per_group:
-                zeros = {i: jnp.zeros((), value.dtype) for i, value in zeros.items()}
-            return state_like(params, zeros, zero)
-
-        return pack(
-            [tree() if per_group else Summary(tree(), tree(), tree()) for _ in range(count)]
-        )
+        zeros = zeros_per_group(radial_units(groups, params), _trees.flatten(params)[0])
+        blank = {i: jnp.zeros((*metrics, *z.shape), z.dtype) for i, z in zeros.items()}
+        return state_type(_nested(blank, params))
 
     def update(
         updates: optax.Updates,
@@ -414,21 +361,42 @@ def _recorder(
         del extra_args
         require_params(who, params)
         (v, _), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        metrics = [(metric,) if per_group else metric for metric in unpack(state)]
-        kept = [[_trees.flatten(tree) for tree in metric] for metric in metrics]
-        units = radial_units(groups, params)
-        shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
-        expected = [shapes.get(i, ()) if per_group else () for i in range(len(x))]
-        check_state(who, params, kept[0][0][0], expected)
-        for unit in units:
+        values: dict[int, jax.Array] = {}
+        for unit in radial_units(groups, params):
             # A missing update is a step of zero.
             there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in unit}
-            for metric, value in zip(kept, measure(there, pick(unit, x), unit), strict=True):
-                values = (value,) if per_group else Summary(value.mean(), value.min(), value.max())
-                for (leaves, _), each in zip(metric, values, strict=True):
-                    for i, recorded in per_leaf(each, unit, leaves).items():
-                        leaves[i] = recorded
-        trees = [[treedef.unflatten(leaves) for leaves, treedef in metric] for metric in kept]
-        return updates, pack([tree[0] if per_group else Summary(*tree) for tree in trees])
+            found = measure(there, pick(unit, x), unit)
+            for i, group in unit.items():
+                dtype = geometry.accumulator(x[i].dtype)
+                values[i] = found.reshape(*metrics, *group.shape(x[i].shape)).astype(dtype)
+        recorded = state_type(_nested(values, params))
+        old, new = (
+            {leaf.path: np.shape(leaf.value) for leaf in _trees.leaves_with_paths(tree)}
+            for tree in (state, recorded)
+        )
+        if old != new:
+            raise ValueError(
+                f"{who}: expected state of shapes {new}, found {old}: it was made for other "
+                "parameters or with other groups; call init again."
+            )
+        return updates, recorded
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _nested(values: dict[int, jax.Array], tree: Any) -> Any:
+    """Values by leaf number as nested dictionaries; an array that is no dictionary's as itself.
+
+    Other leaves have no entry: each costs a few microseconds per step.
+    """
+    leaves = _trees.visible_leaves(tree)
+    nested: Any = {} if leaves else jnp.zeros(())  # optax.tree_map_params expects a leaf here
+    for i in sorted(values):
+        *outer, last = leaves[i].keys or (None,)
+        if last is None:
+            return values[i]
+        inner = nested
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = values[i]
+    return nested

@@ -68,7 +68,7 @@ class Carried(NamedTuple):
       radial: The coefficient of x that was dropped, one per group.
       radius: r = |x|.
       scale: r, or 1 where it is 0.
-      square: |g|^2.
+      square: |g|^2, or 0 where it was not asked for.
     """
 
     moment: dict[int, jax.Array]
@@ -78,12 +78,14 @@ class Carried(NamedTuple):
     square: jax.Array
 
 
-def carry(m: Any, g: Any, x: Any, unit: Unit, decay: Any, gain: Any) -> Carried:
+def carry(
+    m: Any, g: Any, x: Any, unit: Unit, *, decay: Any, gain: Any, square: bool = False
+) -> Carried:
     """Transports a moment of |x| g to x, and adds a gradient: decay m + gain |x| g."""
     smallest = max(jnp.finfo(a.dtype).eps for a in m.values()) ** 2
     m, g, x = ({i: geometry.wide(v[i]) for i in unit} for v in (m, g, x))
-    pairs = ((2, 2), (2, 1), (2, 0), (0, 0), (1, 1))
-    xx, gx, mx, mm, gg = inners((m, g, x), pairs, unit)
+    pairs = [(2, 2), (2, 1), (2, 0), (0, 0)] + [(1, 1)] * square
+    xx, gx, mx, mm, *gg = inners((m, g, x), pairs, unit)
     radius = geometry.safe_sqrt(xx)
     scale = jnp.where(xx == 0, 1, radius)
     # |m - <m, u> u|^2. Of a vector turned by 90 degrees rounding is left, not a direction.
@@ -98,7 +100,7 @@ def carry(m: Any, g: Any, x: Any, unit: Unit, decay: Any, gain: Any) -> Carried:
         - geometry.spread(along, x[i], group) * x[i]
         for i, group in unit.items()
     }
-    return Carried(moment, radial, radius, scale, gg)
+    return Carried(moment, radial, radius, scale, *(gg or [jnp.zeros_like(xx)]))
 
 
 def _direction(carried: Carried, factor: Any, x: Any, unit: Unit) -> dict[int, jax.Array]:
@@ -196,7 +198,7 @@ def scale_by_adamsrt(
         units = present(units, g, updates)
 
         def step(unit: Unit, g: Any, mu: Any, nu: Any, x: Any) -> Any:
-            carried = carry(mu, g, x, unit, b1, 1 - b1)
+            carried = carry(mu, g, x, unit, decay=b1, gain=1 - b1, square=True)
             v, square = nu[next(iter(unit))], (1 - b2) * carried.square
             first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
             variance = (b2 * v / carried.scale**2 + square) / second
@@ -288,7 +290,7 @@ def transported_trace(
         units = present(units, g, updates)
 
         def step(unit: Unit, g: Any, trace: Any, x: Any) -> Any:
-            carried = carry(trace, g, x, unit, decay, 1)
+            carried = carry(trace, g, x, unit, decay=decay, gain=1)
             return {
                 i: (direction.astype(g[i].dtype), carried.moment[i].astype(trace[i].dtype))
                 for i, direction in _direction(carried, 1, x, unit).items()

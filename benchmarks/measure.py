@@ -1,0 +1,157 @@
+"""What the benchmarks share: the optimizers, interleaved timing, compiled programs, tables."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+import spherical_optax as so
+
+Row: TypeAlias = dict[str, Any]
+Make: TypeAlias = Callable[[so.Groups], optax.GradientTransformation]
+
+RATE = 1e-3
+OPTIMIZERS: dict[str, Make] = {
+    "optax.adam": lambda groups: optax.adam(RATE),
+    "optax.adamw": lambda groups: optax.adamw(RATE),
+    "optax.sgd": lambda groups: optax.sgd(RATE, momentum=0.9),
+    "optax.contrib.muon": lambda groups: optax.contrib.muon(RATE),
+    "adams": lambda groups: so.adams(RATE, groups=groups),
+    "adamsrt": lambda groups: so.adamsrt(RATE, groups=groups),
+    "sgdmrt": lambda groups: so.sgdmrt(RATE, groups=groups),
+    "adamg": lambda groups: so.adamg(RATE, groups=groups),
+    "adamp": lambda groups: so.adamp(RATE, groups=groups),
+    "hyperball": lambda groups: so.hyperball(optax.scale_by_adam(), RATE, groups=groups),
+    "adamsrt, composed": lambda groups: optax.chain(
+        so.transport_moments(so.scale_by_adams(groups=groups), groups),
+        optax.scale_by_learning_rate(RATE),
+    ),
+}
+
+
+class Step(NamedTuple):
+    """A compiled optimizer step: parameters and state donated, and returned in that order."""
+
+    run: jax.stages.Compiled
+    seconds: float
+    """Tracing, lowering and compiling."""
+
+
+def compile_step(tx: optax.GradientTransformation, params: Any, grads: Any) -> Step:
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    start = time.perf_counter()
+    compiled = step.lower(params, state, grads).compile()
+    return Step(compiled, time.perf_counter() - start)
+
+
+def describe_program(compiled: jax.stages.Compiled, parameters: int) -> Row:
+    """What XLA says of a compiled program, per parameter where that makes sense."""
+    text, sizes = compiled.as_text() or "", []
+    for shape in re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", text):
+        sizes.append(math.prod(int(n) for n in shape.split(",") if n))
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    return {
+        "kernels": len(re.findall(r" (?:fusion|custom-call)\(", text)),
+        "bytes accessed per parameter": cost.get("bytes accessed", math.nan) / parameters,
+        "temporary bytes per parameter": memory.temp_size_in_bytes / parameters,
+        "copies of 4096 entries and more": sum(size >= 4096 for size in sizes),
+    }
+
+
+def interleave(
+    runs: dict[str, Callable[[], Any]], *, budget: float, rounds: int
+) -> dict[str, np.ndarray]:
+    """Seconds of each run, all once per round, after a round that is not counted.
+
+    Stops after `rounds`, or when the budget in seconds is spent, but not before 3 rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
+    for count in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if count:
+                times[name].append(time.perf_counter() - start)
+        if count >= 3 and time.perf_counter() - began > budget:
+            break
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def stepper(step: Step, tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
+    """A function of no arguments that makes one step, from the point where the last ended."""
+    carry = [jax.block_until_ready((params, tx.init(params)))]
+
+    def run() -> Any:
+        carry[0] = step.run(*carry[0], grads)
+        return carry[0]
+
+    return run
+
+
+def ratio(times: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Median and quartiles of the ratio within each round."""
+    low, middle, high = np.quantile(times / base, (0.25, 0.5, 0.75))
+    return {"median": float(middle), "low": float(low), "high": float(high)}
+
+
+def spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['low']:.2f} to {values['high']:.2f})"
+
+
+def machine() -> Row:
+    """What the numbers were measured on."""
+    device = jax.devices()[0]
+    model = device.device_kind
+    if device.platform == "cpu":
+        info = pathlib.Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else platform.processor()
+    return {
+        "platform": device.platform,
+        "device": model,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+    }
+
+
+def print_table(title: str, rows: list[Row]) -> None:
+    """Rows of strings and numbers, all with the same keys."""
+    cells = [[_text(value) for value in row.values()] for row in rows]
+    cells.insert(0, list(rows[0]))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for first, *others in cells:
+        aligned = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *aligned]))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write(out: pathlib.Path, name: str, settings: Row, results: Any) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), "settings": settings, "results": results}
+    path = out / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print(f"\nWrote {path}.")
