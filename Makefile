@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -16,6 +16,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Short forms of the benchmarks, under 5 minutes; without options they take longer.
+bench: .venv/installed
+	$(BIN)/python benchmarks/step.py --tree resnet18 --rounds 11 --out out/benchmarks
+	$(BIN)/python benchmarks/train.py --rounds 5 --budget 30 --out out/benchmarks
+	$(BIN)/python benchmarks/scaling.py --parameters 1e5 1e6 1e7 --layers 10 100 --kernels 10 100 --rounds 11 --out out/benchmarks
+	$(BIN)/python benchmarks/memory.py --dtype float32 --out out/benchmarks
+	$(BIN)/python benchmarks/recorders.py --rounds 100 --out out/benchmarks
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

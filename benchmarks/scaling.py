@@ -65,10 +65,11 @@ def kernels(count: int) -> trees.Shapes:
 def measure(shapes: trees.Shapes, config: Config) -> list[Row]:
     groups = so.groups_by_path({"kernel": so.per_filter()})
     grads, runs, seconds = trees.arrays(shapes, seed=1), {}, {}
-    for name in NAMES:
+    for name in NAMES * 2:  # the faster of two compilations: the machine's load varies
         tx, params = OPTIMIZERS[name](groups), trees.arrays(shapes, seed=0)
         step = compile_step(tx, params, grads)
-        runs[name], seconds[name] = stepper(step, tx, params, grads), step.seconds
+        runs[name] = stepper(step, tx, params, grads)
+        seconds[name] = min(step.seconds, seconds.get(name, step.seconds))
         del params
     times = interleave(runs, budget=config.budget, rounds=config.rounds)
     return [
@@ -103,7 +104,7 @@ def main(config: Config) -> None:
             for row in results[case]
         ]
         print_table(case, table)
-    print("\nMedian (quartiles) of the rounds; compile time with tracing and lowering.")
+    print("\nMedian (quartiles) of the rounds; compile time with tracing, the faster of two.")
     write(config.out, "scaling", {"rounds": config.rounds, "budget": config.budget}, results)
 
 

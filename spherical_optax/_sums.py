@@ -14,7 +14,7 @@ from spherical_optax.groups import RadialGroup
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
-ROWS, BLOCKS = 16, 8  # more rows are not unrolled by XLA's CPU compiler, and not vectorized
+ROWS, BLOCKS = 16, 4  # more rows are not unrolled by XLA's CPU compiler, and not vectorized
 SMALL = 1 << 16  # entries; below, the loop costs more than the passes
 
 

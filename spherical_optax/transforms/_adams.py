@@ -11,6 +11,7 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._units import (
     Unit,
     check_state,
@@ -114,7 +115,7 @@ def scale_by_adams(
         check_nu("scale_by_adams", updates, nu, units, g)
         units = present(units, g, updates)
 
-        for unit in units:
+        def step(unit: Unit, g: Any, mu: Any, nu: Any) -> dict[int, Any]:
             grads = {i: geometry.wide(g[i]) for i in unit}
             m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
             v = nu[next(iter(unit))]
@@ -123,8 +124,14 @@ def scale_by_adams(
             size = group_size(unit, g) if sqrt_dim else 1
             denominator = geometry.safe_sqrt(v / second) + eps
             scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
-            for i, kept in per_leaf(v, unit, nu).items():
-                g[i], mu[i], nu[i] = scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept
+            return {
+                i: (scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept)
+                for i, kept in per_leaf(v, unit, nu).items()
+            }
+
+        for unit, found in map_units(step, units, g, mu, nu):
+            for i in unit:
+                g[i], mu[i], nu[i] = found[i]
 
         adam_elsewhere(adam, state.count, g, mu, nu, units)
         return treedef.unflatten(g), ScaleByAdamsState(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from spherical_optax.transforms._units import Unit, pick
 
 SMALL = 4096  # entries; beyond, compiling and starting kernels is not what a step costs
-STACK = 16  # units; XLA's time to take a stack apart grows with the square of this
+STACK = 32  # units; XLA's time to take a stack apart grows with the square of this
 
 
 def map_units(

@@ -197,7 +197,7 @@ def scale_by_adamsrt(
         check_nu("scale_by_adamsrt", params, nu, units, x)
         units = present(units, g, updates)
 
-        def step(unit: Unit, g: Any, mu: Any, nu: Any, x: Any) -> Any:
+        def step(unit: Unit, g: Any, mu: Any, nu: Any, x: Any) -> dict[int, Any]:
             carried = carry(mu, g, x, unit, decay=b1, gain=1 - b1, square=True)
             v, square = nu[next(iter(unit))], (1 - b2) * carried.square
             first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
@@ -289,7 +289,7 @@ def transported_trace(
         check_state("transported_trace", params, trace, shapes)
         units = present(units, g, updates)
 
-        def step(unit: Unit, g: Any, trace: Any, x: Any) -> Any:
+        def step(unit: Unit, g: Any, trace: Any, x: Any) -> dict[int, Any]:
             carried = carry(trace, g, x, unit, decay=decay, gain=1)
             return {
                 i: (direction.astype(g[i].dtype), carried.moment[i].astype(trace[i].dtype))
