@@ -57,7 +57,7 @@ def _of_leaf(
 
 
 def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, int] | None:
-    """The shape (blocks, rows, ROWS, columns) to view an array as, if it is worth it.
+    """The shape (blocks, ROWS, rows, columns) to view an array as, if it is worth it.
 
     The leading axes that are summed are split; the others are columns.
     """
@@ -66,7 +66,7 @@ def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, 
     if math.prod(shape) < SMALL or rows % (2 * ROWS) != 0:
         return None
     blocks = math.gcd(rows // ROWS, BLOCKS)
-    return blocks, rows // ROWS // blocks, ROWS, math.prod(shape[leading:])
+    return blocks, ROWS, rows // ROWS // blocks, math.prod(shape[leading:])
 
 
 def _leading(group: RadialGroup, ndim: int) -> int:
@@ -89,7 +89,7 @@ def _in_blocks(
     def body(totals: Any, block: Any) -> Any:
         block = [geometry.wide(each) for each in block]
         products = tuple(block[i] * block[j] for i, j in pairs)
-        sums = lax.reduce(products, (zero,) * len(pairs), add, (1,))
+        sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
         return add(totals, [each.sum(0) for each in sums]), None
 
     start = (jnp.zeros(view[-1:], dtype),) * len(pairs)  # type: ignore[index]
