@@ -1,0 +1,68 @@
+"""The benchmarks' programs, in the shortest runs: they measure what they say."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def run(program, *options, out):
+    command = [sys.executable, str(BENCHMARKS / program), *options, "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / program.replace(".py", ".json")).read_text())
+    assert {"platform", "device", "cores", "jax", "optax"} <= set(report["machine"])
+    return report["results"], result.stdout
+
+
+@pytest.mark.slow
+def test_step(tmp_path):
+    names = ["optax.adam", "adamsrt", "adamsrt, composed"]
+    options = ["--tree", "resnet18", "--rounds", "3", "--optimizer", *names]
+    results, printed = run("step.py", *options, out=tmp_path)
+    assert "resnet18, 11,173,962 parameters" in printed
+    adam, fused, composed = results["resnet18"]
+    assert [adam["optimizer"], fused["optimizer"], composed["optimizer"]] == names
+    assert adam["to adam"]["median"] == 1
+    assert fused["copies of 4096 entries and more"] == 0
+    assert fused["temporary bytes per parameter"] <= 0.05 * 4
+    assert composed["copies of 4096 entries and more"] > 0
+    assert f"{fused['to adam']['median']:.2f}" in printed
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    results, _ = run("memory.py", "--dtype", "float32", out=tmp_path)
+    rows = {row["optimizer"]: row for row in results["float32"]}
+    assert rows["adamsrt"]["to adam"] <= 0.52
+    assert rows["optax.adam"]["state bytes"] == 2 * 4 * 11_173_962 + 4
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+    options = ["--parameters", "1e4", "--layers", "4", "--kernels", "4", "--rounds", "3"]
+    results, _ = run("scaling.py", *options, out=tmp_path)
+    assert len(results) == 3
+    assert all(row["milliseconds"] > 0 for rows in results.values() for row in rows)
+
+
+@pytest.mark.slow
+def test_train_and_recorders(tmp_path):
+    results, _ = run("train.py", "--network", "transformer", "--rounds", "3", out=tmp_path)
+    assert all(0 < row["share"]["median"] < 100 for row in results["transformer"])
+    results, _ = run("recorders.py", "--rounds", "20", out=tmp_path)
+    assert results[0]["chain"] == "no recorder"
+
+
+def test_unknown_optimizer(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "step.py"), "--optimizer", "adagrad"]
+    result = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "--optimizer: expected some of ['optax.adam'" in result.stderr
+    assert "Traceback" not in result.stderr
