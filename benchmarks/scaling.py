@@ -34,7 +34,7 @@ class Config:
     """Step and compile time over the number of parameters and of leaves."""
 
     parameters: tuple[float, ...] = (1e5, 1e6, 1e7, 1e8)
-    """Sizes of trees of 10 kernels."""
+    """Sizes of trees of 10 kernels, whose widths are multiples of 16."""
     layers: tuple[int, ...] = (10, 100, 667)
     """Numbers of small layers: a kernel of shape (16, 16), and the scale and bias of the
     normalization that follows it. 667 have 2001 leaves."""
@@ -49,7 +49,7 @@ class Config:
 
 
 def large(parameters: float) -> trees.Shapes:
-    columns = max(1, round((parameters / 10 / 9) ** 0.5))
+    columns = 16 * max(1, round((parameters / 10 / 9) ** 0.5 / 16))
     return {f"layer{i}": {"kernel": (3, 3, columns, columns)} for i in range(10)}
 
 
