@@ -38,6 +38,7 @@ from spherical_optax.optimizers import (
     sgdmrt,
     sgdp,
 )
+from spherical_optax.sharding import state_sharding
 from spherical_optax.transforms import (
     NormalizeUpdatesState,
     ProjectIfTangentState,
@@ -111,6 +112,7 @@ __all__ = [
     "sgdmrt",
     "sgdp",
     "sphere_metrics",
+    "state_sharding",
     "transport_moments",
     "transported_trace",
 ]

@@ -18,9 +18,10 @@ from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
 from spherical_optax.transforms._units import (
     Unit,
+    per_leaf,
     pick,
     require_params,
-    zeros_per_group,
+    zeros_as,
 )
 
 
@@ -347,10 +348,16 @@ def _recorder(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that keeps what `measure` finds: per group, or rows of such values."""
 
+    def blank(x: jax.Array, group: RadialGroup) -> jax.Array:
+        shape = (*metrics, *group.shape(x.shape))
+        return zeros_as(lambda x: jnp.broadcast_to(geometry.norm(x, group), shape), x)
+
     def init(params: optax.Params) -> Any:
-        zeros = zeros_per_group(radial_units(groups, params), _trees.flatten(params)[0])
-        blank = {i: jnp.zeros((*metrics, *z.shape), z.dtype) for i, z in zeros.items()}
-        return state_type(_nested(blank, params))
+        x = _trees.flatten(params)[0]
+        units = radial_units(groups, params)
+        return state_type(
+            _nested({i: blank(x[i], group) for unit in units for i, group in unit.items()}, params)
+        )
 
     def update(
         updates: optax.Updates,
@@ -366,9 +373,7 @@ def _recorder(
             # A missing update is a step of zero.
             there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in unit}
             found = measure(there, pick(unit, x), unit)
-            for i, group in unit.items():
-                dtype = geometry.accumulator(x[i].dtype)
-                values[i] = found.reshape(*metrics, *group.shape(x[i].shape)).astype(dtype)
+            values |= per_leaf(found, unit, {i: blank(x[i], group) for i, group in unit.items()})
         recorded = state_type(_nested(values, params))
         old, new = (
             {leaf.path: np.shape(leaf.value) for leaf in _trees.leaves_with_paths(tree)}

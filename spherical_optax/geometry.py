@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from spherical_optax.groups import RadialGroup
+from spherical_optax.sharding import index_sharding, laid_out
 
 __all__ = ["angle", "center", "inner", "norm", "project", "retract", "scale", "spread", "transport"]
 
@@ -41,7 +42,8 @@ def sum_groups(products: jax.Array, group: RadialGroup) -> jax.Array:
     total = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i not in axes))
     if group.num_blocks is not None:
         size = total.shape[-1] // group.num_blocks
-        total = total.reshape(*total.shape[:-1], group.num_blocks, size).sum(-1)
+        sharding = index_sharding(products, axes, split_last=True)
+        total = laid_out(total, (*total.shape[:-1], group.num_blocks, size), sharding).sum(-1)
     return total
 
 
@@ -76,7 +78,10 @@ def inner(x: Arrays, y: Arrays, group: Any) -> jax.Array:
         if not isinstance(each, RadialGroup):
             raise TypeError(f"inner: expected RadialGroup, found {each!r}.")
     parts = jax.tree.leaves(jax.tree.map(lambda g, a, b: _inner(a, b, g), group, x, y))
-    return functools.reduce(operator.add, (part.reshape(parts[0].shape) for part in parts))
+    first = jax.typeof(parts[0])
+    return functools.reduce(
+        operator.add, (laid_out(part, first.shape, first.sharding) for part in parts)
+    )
 
 
 def spread(values: jax.typing.ArrayLike, x: jax.Array, group: RadialGroup) -> jax.Array:
@@ -97,12 +102,14 @@ def spread(values: jax.typing.ArrayLike, x: jax.Array, group: RadialGroup) -> ja
       >>> geometry.spread(jnp.array([1., 2.]), jnp.ones((3, 2)), per_filter()).shape
       (1, 2)
     """
-    axes = group.axes(x.ndim)
-    values = jnp.reshape(values, group.shape(x.shape))
+    axes, values = group.axes(x.ndim), jnp.asarray(values)
+    sharding = index_sharding(x, axes)
     if group.num_blocks is not None:
+        blocks = index_sharding(x, axes, split_last=True)
+        values = laid_out(values, group.shape(x.shape), blocks)
         size = x.shape[axes[-1]] // group.num_blocks
         values = jnp.broadcast_to(values[..., None], (*values.shape, size))
-        values = values.reshape(*values.shape[:-2], x.shape[axes[-1]])
+    values = laid_out(values, tuple(x.shape[i] for i in axes), sharding)
     return jnp.expand_dims(values, tuple(i for i in range(x.ndim) if i not in axes))
 
 

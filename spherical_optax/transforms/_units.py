@@ -1,6 +1,6 @@
 """What the transforms share: leaves picked by unit, and state kept per group."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from spherical_optax import _trees, geometry
 from spherical_optax.groups import RadialGroup
+from spherical_optax.sharding import laid_out
 
 Unit = dict[int, RadialGroup]
 """Leaves that form groups together: from a leaf's number to its group."""
@@ -87,10 +88,15 @@ def zero(box: Any) -> jax.Array:
     return jnp.zeros((), jnp.float32)
 
 
+def zeros_as(fn: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    """Zeros of the type, sharding included, of what a function returns."""
+    return jnp.zeros_like(jax.eval_shape(fn, *args))
+
+
 def zeros_per_group(units: list[Unit], leaves: list[Any]) -> dict[int, jax.Array]:
-    """One zero per group, by leaf number, in the dtype that sums accumulate in."""
+    """One zero per group, by leaf number, typed as the sums over the leaf's groups are."""
     return {
-        i: jnp.zeros(group.shape(leaves[i].shape), geometry.accumulator(leaves[i].dtype))
+        i: zeros_as(lambda x, group=group: geometry.norm(x, group), leaves[i])
         for unit in units
         for i, group in unit.items()
     }
@@ -98,7 +104,10 @@ def zeros_per_group(units: list[Unit], leaves: list[Any]) -> dict[int, jax.Array
 
 def per_leaf(values: jax.Array, unit: Unit, like: Any) -> dict[int, jax.Array]:
     """The values of a unit's groups as each of its leaves keeps them, in own buffers."""
-    kept = {i: values.reshape(like[i].shape).astype(like[i].dtype) for i in unit}
+    kept = {
+        i: laid_out(values, like[i].shape, jax.typeof(like[i]).sharding).astype(like[i].dtype)
+        for i in unit
+    }
     return kept if len(kept) == 1 else {i: jnp.array(value) for i, value in kept.items()}
 
 

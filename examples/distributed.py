@@ -1,0 +1,155 @@
+"""Trains on digits over several processes, each with its part of every batch.
+
+Starts the processes itself, on this machine, with collectives over its CPUs; on a cluster
+every host runs this program with `--process` and the coordinator's address. Parameters are
+replicated or, with `--shard`, split over the processes, and the state with them. The final
+parameters are compared with those of a run in one process; in float64, as training amplifies
+rounding.
+
+    python examples/distributed.py
+    python examples/distributed.py --processes 4 --shard
+    python examples/distributed.py --help
+"""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from digits import BATCH_SIZE, RULES, Network, check_options, load
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import spherical_optax as so
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The demo's network on digits, over several processes."""
+
+    processes: int = 2
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0. None: start them all here, and one alone to compare."""
+    coordinator: str | None = None
+    """Address and port of process 0, where processes are started one by one."""
+    shard: bool = False
+    """Whether to split parameters and state over the processes, on output channels."""
+    steps: int = 40
+    """Training steps."""
+    learning_rate: float = 0.03
+    """Learning rate of AdamSRT."""
+    out: pathlib.Path = pathlib.Path("out/distributed")
+    """Directory for the final parameters of each run."""
+
+
+def split_channels(mesh: jax.sharding.Mesh, x: Any, *, shard: bool) -> NamedSharding:
+    """The last axis of kernels over all devices, where they divide it."""
+    divides = shard and x.ndim > 1 and x.shape[-1] % mesh.size == 0
+    spec = PartitionSpec(*(None,) * (x.ndim - 1), "devices") if divides else PartitionSpec()
+    return NamedSharding(mesh, spec)
+
+
+def train(config: Config) -> tuple[Any, float]:
+    """The same program on every process; returns the parameters and the last loss."""
+    (images, labels), _ = load()
+    images = images.astype(float)
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
+    batches = NamedSharding(mesh, PartitionSpec("devices"))
+    graphdef, params, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
+    params, rest = jax.tree.map(lambda x: x.astype(float), nnx.as_pure((params, rest)))
+    sharding = jax.tree.map(lambda x: split_channels(mesh, x, shard=config.shard), params)
+
+    tx = so.adamsrt(config.learning_rate, groups=RULES)
+    where = so.state_sharding(tx, params, sharding)
+    params = jax.tree.map(
+        lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index]),
+        jax.tree.map(np.asarray, params),
+        sharding,
+    )
+    state = jax.jit(tx.init, out_shardings=where)(params)
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params, rest, copy=True)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(sharding, where, None))
+    rng = np.random.default_rng(0)
+    for _ in range(config.steps):
+        batch = rng.permutation(len(images))[:BATCH_SIZE]
+        # Every process draws the whole batch, and hands its devices their part.
+        x, y = (
+            jax.make_array_from_callback(part.shape, batches, lambda index, part=part: part[index])
+            for part in (images[batch], labels[batch])
+        )
+        params, state, loss = jitted(params, state, x, y)
+    everywhere = jax.tree.map(lambda x: NamedSharding(mesh, PartitionSpec()), params)
+    params = jax.jit(lambda params: params, out_shardings=everywhere)(params)
+    return jax.tree.map(np.asarray, params), float(loss)
+
+
+def worker(config: Config) -> None:
+    """One process of the run."""
+    jax.config.update("jax_enable_x64", True)
+    if config.processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    params, loss = train(config)
+    if config.process == 0:
+        leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
+        np.savez(config.out / f"{config.processes}.npz", **leaves)
+        print(f"{config.processes} processes: loss {loss:.6f} after {config.steps} steps")
+
+
+def start(config: Config, processes: int) -> None:
+    """Starts the processes on this machine, and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    options = [f"--steps={config.steps}", f"--learning-rate={config.learning_rate}"]
+    options += [f"--out={config.out}", "--shard" if config.shard else "--no-shard"]
+    options += [f"--processes={processes}", f"--coordinator={coordinator}"]
+    command = [sys.executable, __file__, *options]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen([*command, f"--process={i}"], env=environment) for i in range(processes)
+    ]
+    codes = [each.wait() for each in running]
+    if any(codes):
+        raise SystemExit("distributed.py: a process failed")
+
+
+def main(config: Config) -> None:
+    check_options(
+        config.out,
+        ("--processes", config.processes, "at least 1", config.processes >= 1),
+        ("--steps", config.steps, "at least 1", config.steps >= 1),
+        ("--learning-rate", config.learning_rate, "a positive number", config.learning_rate > 0),
+    )
+    if config.process is not None:
+        worker(config)
+        return
+    for processes in dict.fromkeys((1, config.processes)):
+        start(config, processes)
+    with (
+        np.load(config.out / "1.npz", allow_pickle=False) as one,
+        np.load(config.out / f"{config.processes}.npz", allow_pickle=False) as several,
+    ):
+        apart = max(float(np.abs(one[name] - several[name]).max()) for name in one)
+    print(f"Largest difference of a parameter between 1 and {config.processes}: {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,119 @@
+"""Where state lives on a mesh of devices: with its parameters.
+
+Moments are sharded as their parameters are, and one value per group as the parameter is on
+the axes that index the groups. Where the axes of the mesh are explicit, types say so from
+`init` on; where they are automatic, `state_sharding` tells it to the compiler.
+"""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, reshard
+
+from spherical_optax import _trees
+
+
+def _explicit(sharding: Any) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def index_sharding(
+    x: jax.Array, axes: tuple[int, ...], *, split_last: bool = False
+) -> NamedSharding:
+    """The sharding of x on some of its axes, for an array of these axes.
+
+    Args:
+      x: An array.
+      axes: The axes.
+      split_last: Whether the last of them is split into blocks, which are not sharded.
+    """
+    sharding = jax.typeof(x).sharding
+    spec = [sharding.spec[axis] for axis in axes]
+    if split_last:
+        spec[-1] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def laid_out(values: jax.Array, shape: tuple[int, ...], sharding: Any) -> jax.Array:
+    """Reshapes per-group values, and shards the result."""
+    now = jax.typeof(values)
+    if not (_explicit(sharding) or _explicit(now.sharding)):
+        return values.reshape(shape)
+    if now.shape != shape:
+        spec = PartitionSpec(*(None for _ in now.shape))
+        values = reshard(values, NamedSharding(now.sharding.mesh, spec)).reshape(shape)
+    mesh = sharding.mesh if _explicit(sharding) else now.sharding.mesh
+    spec = PartitionSpec(*sharding.spec, *(None for _ in shape[len(sharding.spec) :]))
+    return reshard(values, NamedSharding(mesh, spec))
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any) -> Any:
+    """The sharding of every array in an optimizer's state.
+
+    Moments get that of their parameter, values per group that of the parameter on the axes
+    that index the groups, and counters are replicated. It is what `init` says of typed
+    parameters, so it holds for chains of Optax's transformations as well.
+
+    Args:
+      tx: The optimizer, any gradient transformation.
+      params: The parameters, arrays or `jax.ShapeDtypeStruct`.
+      sharding: A tree like params of `jax.sharding.NamedSharding`, all on one mesh.
+
+    Returns:
+      A tree like `tx.init(params)` of `NamedSharding`: for `jax.device_put`, for the
+      `out_shardings` of `jax.jit(tx.init)`, or for the arrays to restore a checkpoint to.
+
+    Raises:
+      TypeError: If a sharding is no `NamedSharding`; the message names the parameter.
+      ValueError: If the trees differ, or the shardings are on several meshes.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> params = {"kernel": jnp.ones((3, 3, 8, 16))}
+      >>> sharding = {"kernel": NamedSharding(mesh, PartitionSpec(None, None, "data", "model"))}
+      >>> tx = so.scale_by_adamsrt(groups=so.per_filter())
+      >>> where = so.state_sharding(tx, params, sharding)
+      >>> print(tuple(where.mu["kernel"].spec), tuple(where.nu["kernel"].spec))
+      (None, None, 'data', 'model') ('model',)
+      >>> state = jax.jit(tx.init, out_shardings=where)(params)
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    paths = [leaf.path for leaf in _trees.visible_leaves(params) if leaf.value is not None]
+    found, other = jax.tree.flatten(sharding)
+    if len(found) != len(leaves):
+        raise ValueError(
+            f"state_sharding: expected a tree like the parameters, {treedef}, found {other}."
+        )
+    for path, each in zip(paths, found, strict=True):
+        if not isinstance(each, NamedSharding):
+            raise TypeError(
+                f"state_sharding: {path}: expected a NamedSharding, found {each!r} of type "
+                f"{type(each).__name__}."
+            )
+        if each.mesh != found[0].mesh:
+            raise ValueError(
+                f"state_sharding: {path}: expected the mesh of {paths[0]}, {found[0].mesh}, found "
+                f"{each.mesh}."
+            )
+    if not found:
+        return jax.eval_shape(tx.init, params)
+    mesh = found[0].mesh
+    names = mesh.axis_names
+    explicit = AbstractMesh(mesh.axis_sizes, names, axis_types=(AxisType.Explicit,) * len(names))
+    typed = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(explicit, each.spec))
+        for x, each in zip(leaves, found, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, treedef.unflatten(typed))
+
+    def on_mesh(leaf: Any) -> NamedSharding:
+        spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(on_mesh, state)

@@ -1,0 +1,267 @@
+"""Over eight devices: equal to one, no collective of a parameter's size, stable types.
+
+The checks run in a second session of pytest, on this file, that has eight devices.
+"""
+
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from conftest import precision
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import spherical_optax as so
+
+DEVICES = 8
+FLAG = f"--xla_force_host_platform_device_count={DEVICES}"
+here = pytest.mark.skipif(jax.device_count() != DEVICES, reason="runs in the second session")
+
+
+@pytest.mark.skipif(jax.device_count() == DEVICES, reason="is the second session")
+def test_in_a_session_with_eight_devices():
+    command = [sys.executable, "-m", "pytest", "-q", str(pathlib.Path(__file__))]
+    environment = os.environ | {"XLA_FLAGS": FLAG, "PYTEST_ADDOPTS": "-p no:cacheprovider"}
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        environment.pop(name, None)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^\d\d+ passed, 1 skipped", result.stdout, re.MULTILINE), result.stdout
+
+
+GROUPS = so.groups_by_path(
+    {
+        r"conv/kernel": so.per_filter(),
+        r"dense/(kernel|bias)": so.per_layer(joint="dense"),
+        r"blocks/kernel": so.per_channel_block(4),
+        r"query/kernel": so.per_head(-2),
+        r"gn/(kernel|bias)": so.per_channel_block(2, joint="gn"),
+        r"stacked/kernel": so.RadialGroup((0, -1)),
+    }
+)
+SHAPES = {
+    "conv": {"kernel": (3, 3, 8, 16)},
+    "dense": {"kernel": (8, 16), "bias": (16,)},
+    "blocks": {"kernel": (16, 8)},
+    "query": {"kernel": (16, 4, 8)},
+    "gn": {"kernel": (8, 8), "bias": (8,)},
+    "stacked": {"kernel": (4, 8, 6)},
+    "head": {"kernel": (16, 4)},
+}
+
+
+def layout(conv, dense, bias, blocks, query, gn, gn_bias, stacked):
+    given = {
+        "conv": {"kernel": conv},
+        "dense": {"kernel": dense, "bias": bias},
+        "blocks": {"kernel": blocks},
+        "query": {"kernel": query},
+        "gn": {"kernel": gn, "bias": gn_bias},
+        "stacked": {"kernel": stacked},
+        "head": {"kernel": ()},
+    }
+    is_spec = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda spec: PartitionSpec(*spec), given, is_leaf=is_spec)
+
+
+N, D, M = None, "data", "model"
+LAYOUTS = {
+    "replicated": layout((), (), (), (), (), (), (), ()),
+    "index axes": layout((N, N, N, M), (), (M,), (N, M), (N, M), (N, M), (M,), (D, N, M)),
+    "summed axes": layout((N, N, D), (D, M), (M,), (D,), (D, N, M), (D,), (), (N, D)),
+    "both": layout((N, N, D, M), (D, M), (), (D, M), (D, M), (D, M), (M,), (D, N, M)),
+    "all devices": layout(
+        (N, N, (D, M)), ((D, M),), (), ((D, M),), ((D, M),), ((D, M),), (), (N, (D, M))
+    ),
+    "tensor parallel": layout((N, N, N, M), (N, M), (M,), (N, M), (N, M), (M,), (M,), (N, M)),
+}
+OPTIMIZERS = {
+    "adams": lambda: so.adams(0.1, groups=GROUPS),
+    "adamsrt": lambda: so.adamsrt(0.1, groups=GROUPS, weight_decay=0.1),
+    "composed": lambda: optax.chain(
+        so.transport_moments(so.scale_by_adams(groups=GROUPS), GROUPS), optax.scale(-0.1)
+    ),
+    "sgdmrt": lambda: so.sgdmrt(0.1, groups=GROUPS),
+    "adamg": lambda: so.adamg(0.1, groups=GROUPS),
+    "adamg_star": lambda: so.adamg_star(0.1, 0.1, groups=GROUPS),
+    "adamp": lambda: so.adamp(0.1, groups=GROUPS, weight_decay=0.1),
+    "sgdp": lambda: so.sgdp(0.1, groups=GROUPS),
+    "hyperball": lambda: so.hyperball(optax.scale_by_adam(), 0.1, groups=GROUPS),
+    "rotational": lambda: so.rotational_adamw(0.1, groups=GROUPS),
+    "recorded": lambda: optax.chain(
+        so.record_gradient(GROUPS), so.project_radial(GROUPS), so.record_sphere(GROUPS)
+    ),
+}
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def values(seed, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: rng.normal(size=s).astype(dtype), SHAPES, is_leaf=is_shape)
+
+
+def shardings(mesh, name):
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), LAYOUTS[name], is_leaf=is_spec)
+
+
+def make_step(tx, **options):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, **options)
+
+
+def run(step, params, state, place, dtype, steps=3):
+    for seed in range(1, steps + 1):
+        params, state = step(params, state, place(values(seed, dtype)))
+    return params, state
+
+
+def on_one_device(tx, dtype):
+    place = lambda tree: jax.device_put(tree, jax.devices()[0])  # noqa: E731
+    params = place(values(0, dtype))
+    return run(make_step(tx), params, tx.init(params), place, dtype)
+
+
+def assert_close(found, expected, dtype):
+    tolerance = 2e-5 if dtype == "float32" else 1e-12
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = max(1.0, np.abs(np.asarray(b)).max())
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+def collectives(text):
+    """The bytes of each result of a collective operation in a compiled program."""
+    widths = {"f64": 8, "f32": 4, "s32": 4, "bf16": 2, "pred": 1}
+    operations = r"(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+    for results in re.findall(rf"= (\S.*?) {operations}(?:-start)?\(", text):
+        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", results):
+            yield widths[kind] * math.prod(int(n) for n in shape.split(",") if n)
+
+
+@here
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_automatic_axes(optimizer, name, dtype):
+    with precision(dtype):
+        tx, sharding = OPTIMIZERS[optimizer](), shardings(mesh_of(AxisType.Auto), name)
+        place = lambda tree: jax.device_put(tree, sharding)  # noqa: E731
+        params = place(values(0, dtype))
+        where = so.state_sharding(tx, params, sharding)
+        state = jax.jit(tx.init, out_shardings=where)(params)
+        step = make_step(tx, out_shardings=(sharding, where))
+        compiled = step.lower(params, state, params).compile()
+        # Sums of the groups, several at once: 8 * 16 bytes is far below the kernels' sizes.
+        assert max(collectives(compiled.as_text()), default=0) <= 5 * 24 * 8
+        found = run(compiled, params, state, place, dtype)
+        for leaf, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
+        assert_close(found, on_one_device(tx, dtype), dtype)
+
+
+@here
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_explicit_axes(optimizer, name):
+    tx, mesh = OPTIMIZERS[optimizer](), mesh_of(AxisType.Explicit)
+    expected = on_one_device(tx, "float32")
+    with jax.set_mesh(mesh):
+        sharding = shardings(mesh, name)
+        place = lambda tree: jax.device_put(tree, sharding)  # noqa: E731
+        params = place(values(0))
+        state = tx.init(params)
+        found = run(make_step(tx), params, state, place, "float32")
+        for before, after in zip(*map(jax.tree.leaves, ((params, state), found)), strict=True):
+            assert jax.typeof(before) == jax.typeof(after)
+        assert_close(found, expected, "float32")
+
+
+@here
+def test_state_follows_the_parameters():
+    params, mesh = values(0), mesh_of(AxisType.Auto)
+    where = so.state_sharding(so.scale_by_adamsrt(groups=GROUPS), params, shardings(mesh, "both"))
+    assert where.mu == shardings(mesh, "both")
+    specs = jax.tree.map(lambda each: tuple(each.spec), where.nu)
+    assert specs["conv"]["kernel"] == ("model",)
+    assert specs["stacked"]["kernel"] == ("data", "model")
+    assert specs["dense"]["kernel"] == specs["dense"]["bias"] == ()
+    assert specs["query"]["kernel"] == ("model",)
+    assert tuple(where.count.spec) == ()
+
+
+@here
+def test_state_sharding_refuses():
+    params, mesh = {"a": jnp.ones((4, 2)), "b": jnp.ones(2)}, mesh_of(AxisType.Auto)
+    tx, fine = so.adams(0.1, groups=True), NamedSharding(mesh, PartitionSpec())
+    with pytest.raises(TypeError, match="state_sharding: b: expected a NamedSharding, found Part"):
+        so.state_sharding(tx, params, {"a": fine, "b": PartitionSpec()})
+    with pytest.raises(ValueError, match="state_sharding: expected a tree like the parameters"):
+        so.state_sharding(tx, params, {"a": fine})
+    other = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
+    with pytest.raises(ValueError, match="state_sharding: b: expected the mesh of a"):
+        so.state_sharding(tx, params, {"a": fine, "b": other})
+
+
+@here
+def test_restored_onto_another_mesh(tmp_path):
+    """Saved from eight devices in one layout, restored on them in another."""
+    tx = OPTIMIZERS["adamsrt"]()
+    expected = on_one_device(tx, "float32")
+    trees = {}
+    for name, shape in (("both", (4, 2)), ("index axes", (2, 4))):
+        mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        sharding = shardings(mesh, name)
+        where = so.state_sharding(tx, values(0), sharding)
+        trees[name] = (sharding, where)
+    saved = jax.device_put(expected, trees["both"])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", saved)
+        checkpointer.wait_until_finished()
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            expected,
+            trees["index axes"],
+        )
+        restored = checkpointer.restore(tmp_path / "step", target)
+    for a, b, s in zip(
+        *map(jax.tree.leaves, (restored, expected, trees["index axes"])), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding.is_equivalent_to(s, a.ndim)
+
+
+@here
+def test_nnx_optimizer_on_kernels_with_sharding_metadata():
+    mesh = mesh_of(AxisType.Auto)
+    groups = so.groups_by_path({"kernel": so.per_filter()})
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
+    with jax.set_mesh(mesh):
+        model = nnx.Linear(8, 4, kernel_init=init, rngs=nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, so.adamsrt(0.1, groups=groups), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, x):
+            grads = nnx.grad(lambda model: (model(x) ** 2).sum())(model)
+            optimizer.update(model, grads)
+
+        before = np.asarray(model.kernel[...])
+        step(model, optimizer, jnp.ones((2, 8)))
+    assert np.abs(model.kernel[...] - before).max() > 0
+    state = optax.tree.get(nnx.as_pure(optimizer.opt_state), "nu")
+    assert state["kernel"].shape == (4,)
