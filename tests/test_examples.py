@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -138,6 +139,16 @@ def test_sgd_is_adam_on_the_sphere(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--shard"]])
+def test_two_processes_are_equal_to_one(options, tmp_path):
+    result = run("--steps", "10", *options, "--out", str(tmp_path), program="distributed.py")
+    assert result.returncode == 0, result.stderr
+    losses = re.findall(r"(\d) processes: loss ([\d.]+) after 10 steps", result.stdout)
+    assert losses == [("1", losses[0][1]), ("2", losses[0][1])]
+    assert float(result.stdout.split("between 1 and 2: ")[1]) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("program", "options", "message"),
     [
@@ -170,6 +181,7 @@ def test_sgd_is_adam_on_the_sphere(tmp_path):
             ["--time", "0.1"],
             "--time: expected at least one step, found 0.1",
         ),
+        ("distributed.py", ["--steps", "0"], "--steps: expected at least 1, found 0"),
         ("ablation.py", ["--images", "1347"], "--images: expected 32 to 1346, found 1347"),
         (
             "ablation.py",
