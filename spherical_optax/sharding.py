@@ -110,7 +110,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
         for x, each in zip(leaves, found, strict=True)
     ]
     with jax.sharding.use_abstract_mesh(explicit):
-        state = jax.eval_shape(tx.init, treedef.unflatten(typed))
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(treedef, typed))
 
     def on_mesh(leaf: Any) -> NamedSharding:
         spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
