@@ -10,6 +10,7 @@ from jax import lax
 
 from spherical_optax import geometry
 from spherical_optax.groups import RadialGroup
+from spherical_optax.sharding import laid_out
 
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
@@ -25,19 +26,22 @@ def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit:
     all of them; its CPU backend makes one pass for each, so there a loop does it here.
 
     Args:
-      vectors: Each a dictionary from leaf number to array.
+      vectors: Each a dictionary from leaf number to array, all of one dtype.
       pairs: Which vectors to multiply, by their position.
       unit: From leaf number to `RadialGroup`.
 
     Returns:
       One value per group for each pair, as from `geometry.inner`.
     """
-    totals: list[Any] = [0] * len(pairs)
-    shape = None
+    totals: list[Any] = []
     for i, group in unit.items():
         sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group)
-        shape = sums[0].shape if shape is None else shape
-        totals = [total + value.reshape(shape) for total, value in zip(totals, sums, strict=True)]
+        if totals:
+            like = jax.typeof(totals[0])
+            sums = [laid_out(value, like.shape, like.sharding) for value in sums]
+            totals = [total + value for total, value in zip(totals, sums, strict=True)]
+        else:
+            totals = sums
     return totals
 
 

@@ -88,6 +88,23 @@ def test_sums_in_one_pass(case, x64):
         np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_dtypes_may_differ(name, x64):
+    """Large enough for the sums in one pass, whose operands are of one dtype."""
+    options = {
+        "scale_by_adamsrt": {"mu_dtype": "float32"},
+        "transported_trace": {"decay": 0.9, "accumulator_dtype": "float32"},
+    }
+    tx = getattr(so, name)(groups=so.per_filter(), **options[name])
+    x, g = tree_of({"w": (1024, 96)}, 0)["w"], tree_of({"w": (1024, 96)}, 1, "bfloat16")["w"]
+    state = tx.init(x)
+    updates, after = tx.update(g, state, x)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert updates.dtype == g.dtype
+    exact, _ = tx.update(g.astype("float64"), state, x)
+    np.testing.assert_allclose(updates.astype("float64"), exact, rtol=1e-2)
+
+
 def test_state_holds_the_moments_on_the_unit_sphere(x64):
     """Scaling a group leaves the state as it is: r g is the gradient of its direction."""
     x, g = tree_of({"w": (5, 3)}, 0)["w"], tree_of({"w": (5, 3)}, 1)["w"]

@@ -83,7 +83,8 @@ def carry(
 ) -> Carried:
     """Transports a moment of |x| g to x, and adds a gradient: decay m + gain |x| g."""
     smallest = max(jnp.finfo(a.dtype).eps for a in m.values()) ** 2
-    m, g, x = ({i: geometry.wide(v[i]) for i in unit} for v in (m, g, x))
+    dtype = geometry.accumulator(jnp.result_type(*(v[i] for v in (m, g, x) for i in unit)))
+    m, g, x = ({i: v[i].astype(dtype) for i in unit} for v in (m, g, x))
     pairs = [(2, 2), (2, 1), (2, 0), (0, 0)] + [(1, 1)] * square
     xx, gx, mx, mm, *gg = inners((m, g, x), pairs, unit)
     radius = geometry.safe_sqrt(xx)
