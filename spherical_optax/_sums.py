@@ -15,7 +15,8 @@ from spherical_optax.sharding import laid_out
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
-ROWS, BLOCKS = 16, 4  # more rows are not unrolled by XLA's CPU compiler, and not vectorized
+ROWS = 16  # more are not unrolled by XLA's CPU compiler, and not vectorized
+BLOCK = 1 << 19  # entries; the sums of a block's rows then fit in a core's cache
 SMALL = 1 << 16  # entries; below, the loop costs more than the passes
 
 
@@ -67,10 +68,12 @@ def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, 
     """
     leading = _leading(group, len(shape))
     rows = math.prod(shape[:leading])
-    if math.prod(shape) < SMALL or rows % (2 * ROWS) != 0:
+    columns, least = math.prod(shape[leading:]), max(2, math.prod(shape) // BLOCK)
+    if rows * columns < SMALL or rows % ROWS != 0:
         return None
-    blocks = math.gcd(rows // ROWS, BLOCKS)
-    return blocks, ROWS, rows // ROWS // blocks, math.prod(shape[leading:])
+    choices = (n for n in range(least, 4 * least) if rows // ROWS % n == 0)
+    blocks = next(choices, None)
+    return None if blocks is None else (blocks, ROWS, rows // ROWS // blocks, columns)
 
 
 def _leading(group: RadialGroup, ndim: int) -> int:
