@@ -68,7 +68,7 @@ def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, 
     """
     leading = _leading(group, len(shape))
     rows = math.prod(shape[:leading])
-    columns, least = math.prod(shape[leading:]), max(2, math.prod(shape) // BLOCK)
+    columns, least = math.prod(shape[leading:]), max(4, math.prod(shape) // BLOCK)
     if rows * columns < SMALL or rows % ROWS != 0:
         return None
     choices = (n for n in range(least, 4 * least) if rows // ROWS % n == 0)
