@@ -97,9 +97,9 @@ def _in_blocks(
         block = [geometry.wide(each) for each in block]
         products = tuple(block[i] * block[j] for i, j in pairs)
         sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
-        return add(totals, [each.sum(0) for each in sums]), None
+        return totals + jnp.stack([each.sum(0) for each in sums]), None
 
-    start = (jnp.zeros(view[-1:], dtype),) * len(pairs)  # type: ignore[index]
+    start = jnp.zeros((len(pairs), view[-1]), dtype)  # type: ignore[index]
     totals, _ = lax.scan(body, start, tuple(each.reshape(view) for each in arrays))
     rest = RadialGroup(tuple(axis - leading for axis in group.axes(len(shape))), group.num_blocks)
     return [geometry.sum_groups(total.reshape(shape[leading:]), rest) for total in totals]
