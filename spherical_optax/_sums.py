@@ -15,8 +15,7 @@ from spherical_optax.sharding import laid_out
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
-ROWS = 16  # more are not unrolled by XLA's CPU compiler, and not vectorized
-BLOCK = 1 << 19  # entries; the sums of a block's rows then fit in a core's cache
+ROWS, BLOCKS = 16, 4  # more rows are not unrolled by XLA's CPU compiler, and not vectorized
 SMALL = 1 << 16  # entries; below, the loop costs more than the passes
 
 
@@ -68,12 +67,10 @@ def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, 
     """
     leading = _leading(group, len(shape))
     rows = math.prod(shape[:leading])
-    columns, least = math.prod(shape[leading:]), max(4, math.prod(shape) // BLOCK)
-    if rows * columns < SMALL or rows % ROWS != 0:
+    if math.prod(shape) < SMALL or rows % (2 * ROWS) != 0:
         return None
-    choices = (n for n in range(least, 4 * least) if rows // ROWS % n == 0)
-    blocks = next(choices, None)
-    return None if blocks is None else (blocks, ROWS, rows // ROWS // blocks, columns)
+    blocks = math.gcd(rows // ROWS, BLOCKS)
+    return blocks, ROWS, rows // ROWS // blocks, math.prod(shape[leading:])
 
 
 def _leading(group: RadialGroup, ndim: int) -> int:
@@ -97,9 +94,9 @@ def _in_blocks(
         block = [geometry.wide(each) for each in block]
         products = tuple(block[i] * block[j] for i, j in pairs)
         sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
-        return totals + jnp.stack([each.sum(0) for each in sums]), None
+        return add(totals, [each.sum(0) for each in sums]), None
 
-    start = jnp.zeros((len(pairs), view[-1]), dtype)  # type: ignore[index]
+    start = (jnp.zeros(view[-1:], dtype),) * len(pairs)  # type: ignore[index]
     totals, _ = lax.scan(body, start, tuple(each.reshape(view) for each in arrays))
     rest = RadialGroup(tuple(axis - leading for axis in group.axes(len(shape))), group.num_blocks)
     return [geometry.sum_groups(total.reshape(shape[leading:]), rest) for total in totals]

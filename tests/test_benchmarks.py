@@ -35,14 +35,6 @@ def test_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory(tmp_path):
-    results, _ = run("memory.py", "--dtype", "float32", out=tmp_path)
-    rows = {row["optimizer"]: row for row in results["float32"]}
-    assert rows["adamsrt"]["to adam"] <= 0.52
-    assert rows["optax.adam"]["state bytes"] == 2 * 4 * 11_173_962 + 4
-
-
-@pytest.mark.slow
 def test_scaling(tmp_path):
     options = ["--parameters", "1e4", "--layers", "4", "--kernels", "4", "--rounds", "3"]
     results, _ = run("scaling.py", *options, out=tmp_path)
@@ -51,11 +43,10 @@ def test_scaling(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_and_recorders(tmp_path):
-    results, _ = run("train.py", "--network", "transformer", "--rounds", "3", out=tmp_path)
-    assert all(0 < row["share"]["median"] < 100 for row in results["transformer"])
-    results, _ = run("recorders.py", "--rounds", "20", out=tmp_path)
-    assert results[0]["chain"] == "no recorder"
+def test_recorders(tmp_path):
+    results, printed = run("recorders.py", "--rounds", "10", out=tmp_path)
+    assert [row["chain"] for row in results][1:] == ["record_sphere", "record_gradient", "both"]
+    assert "the demo's network, 10 rounds" in printed
 
 
 def test_unknown_optimizer(tmp_path):
