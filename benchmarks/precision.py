@@ -202,9 +202,9 @@ def main(config: Config) -> None:
         ]
         drift = "the first radius" if case.fixed else "the radius in float32"
         print_table(f"{name}, {config.steps:,} steps; drift relative to {drift}", table)
-    print("\nTangency: |<m, u>| / |m|, the largest of all steps taken and all groups, and in units")
-    print("of the moment's eps. Hyperball keeps no tangent moment. Angle: to the teacher at the end,")
-    print("in radians. Skipped: steps left out as their gradients were not finite.")
+    print("\nTangency: |<m, u>| / |m|, the largest of all steps taken and all groups, and in")
+    print("units of the moment's eps. Hyperball keeps no tangent moment. Angle: to the teacher")
+    print("at the end, in radians. Skipped: steps left out as gradients were not finite.")
     write(config.out, "precision", {"steps": config.steps, "seed": config.seed}, results)
 
 

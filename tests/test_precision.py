@@ -1,5 +1,7 @@
 """What docs/precision.md says of low precision, in fewer steps."""
 
+import dataclasses
+import json
 import pathlib
 import sys
 
@@ -59,3 +61,11 @@ def test_steps_that_overflow_are_left_out():
     run = precision.train(case, precision.PRECISIONS[each]._replace(grow=5), CONFIG)
     assert 0 < run.skipped < CONFIG.steps / 5
     assert run.finite
+
+
+def test_the_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "CASES", {"hyperball": precision.CASES["hyperball"]})
+    monkeypatch.setattr(precision, "PRECISIONS", {"float32": precision.Precision()})
+    precision.main(dataclasses.replace(CONFIG, steps=20, out=tmp_path))
+    (row,) = json.loads((tmp_path / "precision.json").read_text())["results"]
+    assert f"{row['drift at most']:.1e}" in capsys.readouterr().out
