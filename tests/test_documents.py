@@ -24,7 +24,7 @@ def blocks(name):
         ("README.md", [True, False, True]),
         ("docs/groups.md", [True, False]),
         ("docs/theory.md", [True, True, True, True]),
-        ("docs/scaling.md", [True, True]),
+        ("docs/scaling.md", [True, True, False, True, True]),
     ],
 )
 def test_examples_run(name, shown):

@@ -35,7 +35,8 @@ def optimizer_of(case):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_published_trajectory(case, dtype):
-    with precision(dtype), np.load(GOLDEN / f"{case['name']}.npz") as golden:
+    path = GOLDEN / f"{case['name']}.npz"
+    with precision(dtype), np.load(path, allow_pickle=False) as golden:
         tx = optimizer_of(case)
         params = jnp.asarray(golden["x0"], dtype)
         state = tx.init(params)

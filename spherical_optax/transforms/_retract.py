@@ -10,6 +10,7 @@ from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, radial_units
 from spherical_optax.transforms._units import (
+    check_group_state,
     per_leaf,
     pick,
     present,
@@ -94,8 +95,11 @@ def retract(
         del extra_args
         require_params("retract", params)
         (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        targets = _trees.flatten(state.target_radius)[0] if initial else None
-        for unit in present(radial_units(groups, params), v, updates):
+        units, targets = radial_units(groups, params), None
+        if initial:
+            targets = _trees.flatten(state.target_radius)[0]
+            check_group_state("retract", params, targets, units, x)
+        for unit in present(units, v, updates):
             target = jnp.asarray(radius) if targets is None else targets[next(iter(unit))]
             start = {i: geometry.wide(x[i]) for i in unit}
             end = geometry.retract(start, pick(unit, v), unit, target, method)

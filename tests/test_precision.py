@@ -1,0 +1,71 @@
+"""What docs/precision.md says of low precision, in fewer steps."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+import precision
+
+CONFIG = precision.Config(steps=300)
+
+
+@pytest.fixture(scope="module", params=precision.CASES)
+def rows(request):
+    case = {request.param: precision.CASES[request.param]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "CASES", case)
+        found = {row["precision"]: row for row in precision.measure(CONFIG)}
+    return request.param, found
+
+
+def test_everything_stays_finite(rows):
+    assert all(row["finite"] for row in rows[1].values())
+
+
+def test_moments_stay_tangent(rows):
+    """Up to the rounding of the moment, whatever the parameters' dtype."""
+    name, found = rows
+    for each, row in found.items():
+        if name == "hyperball":
+            assert row["tangency"] is None
+        else:
+            assert 0 < row["tangency in eps"] < 4, each
+
+
+def test_radii_stay_where_they_belong(rows):
+    """With float32 parameters; in bfloat16, Hyperball's up to its rounding."""
+    name, found = rows
+    for each, row in found.items():
+        if precision.PRECISIONS[each].params == jnp.float32:
+            assert row["drift at most"] < (1e-6 if name == "hyperball" else 2e-3), each
+        elif name == "hyperball":
+            assert 0 < row["drift at most"] < float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_float32_parameters_learn_as_in_float32(rows):
+    _, found = rows
+    expected = found["float32"]["angle to the teacher"]
+    for each, row in found.items():
+        if precision.PRECISIONS[each].params == jnp.float32:
+            assert abs(row["angle to the teacher"] / expected - 1) < 0.02, each
+
+
+def test_steps_that_overflow_are_left_out():
+    """The loss is scaled until its gradients overflow, and less after."""
+    case, each = precision.CASES["adamsrt"], "float16 gradients of a scaled loss"
+    run = precision.train(case, precision.PRECISIONS[each]._replace(grow=5), CONFIG)
+    assert 0 < run.skipped < CONFIG.steps / 5
+    assert run.finite
+
+
+def test_the_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "CASES", {"hyperball": precision.CASES["hyperball"]})
+    monkeypatch.setattr(precision, "PRECISIONS", {"float32": precision.Precision()})
+    precision.main(dataclasses.replace(CONFIG, steps=20, out=tmp_path))
+    (row,) = json.loads((tmp_path / "precision.json").read_text())["results"]
+    assert f"{row['drift at most']:.1e}" in capsys.readouterr().out
