@@ -247,7 +247,7 @@ def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
     t = project(m, x, group)
     before, after = inner(m, m, group), inner(t, t, group)
     # What is left of a vector turned by 90 degrees is rounding, not a direction.
-    smallest = min(jnp.finfo(a.dtype).eps for a in jax.tree.leaves(m)) ** 2
+    smallest = min(float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(m)) ** 2
     lost = after <= smallest * before
     return scale(safe_sqrt(safe_divide(before, jnp.where(lost, 0, after))), t, group)
 
