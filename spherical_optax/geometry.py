@@ -5,7 +5,9 @@ Write r = |x| and u = x / r for one group. Every function takes arrays and a
 `RadialGroup` of the same structure, and adds the arrays' dot products before it
 divides by anything. Per-group results have the shape `group.shape(x.shape)`. Sums
 accumulate in float32 at least. Groups of norm zero have no direction: what is
-undefined there is left as it was, and gradients stay finite.
+undefined there is left as it was, and gradients stay finite. In float32, as with float32
+and bfloat16 arrays, sums above 3e38 overflow (lengths above 1.8e19), and sums and ratios
+below 1e-38 are lost (a group shorter than about 1e-19 has norm zero).
 """
 
 import functools
@@ -247,7 +249,7 @@ def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
     t = project(m, x, group)
     before, after = inner(m, m, group), inner(t, t, group)
     # What is left of a vector turned by 90 degrees is rounding, not a direction.
-    smallest = min(jnp.finfo(a.dtype).eps for a in jax.tree.leaves(m)) ** 2
+    smallest = min(float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(m)) ** 2
     lost = after <= smallest * before
     return scale(safe_sqrt(safe_divide(before, jnp.where(lost, 0, after))), t, group)
 

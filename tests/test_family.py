@@ -74,6 +74,17 @@ def test_named_moments_are_projected_with_the_update(x64):
     assert np.abs(kept - g["kernel"]).max() > 1e-3
 
 
+def test_leaves_of_a_joint_label_have_equally_many_layers():
+    groups = {"kernel": so.RadialGroup((0, 2), joint="a"), "bias": so.RadialGroup(joint="a")}
+    params = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones(8)}
+    message = (
+        r"project_if_tangent: joint label 'a': expected as many layers on all its leaves, found "
+        r"{'bias': 1, 'kernel': 2}"
+    )
+    with pytest.raises(ValueError, match=message):
+        so.adamp(0.1, groups=groups).init(params)
+
+
 def test_bad_names_of_moments_to_project():
     with pytest.raises(TypeError, match="project_if_tangent: expected first_moments as a tuple of"):
         so.project_if_tangent(optax.trace(0.9), FILTER, first_moments="trace")

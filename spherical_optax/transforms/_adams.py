@@ -157,6 +157,8 @@ def adam_elsewhere(
 ) -> None:
     """Replaces gradient and moments by Adam's, on the leaves that no unit has."""
     rest = elsewhere(units, g)
+    if not rest:
+        return
     taken = optax.ScaleByAdamState(count, [mu[i] for i in rest], [nu[i] for i in rest])
     scaled, state = adam.update([g[i] for i in rest], taken)
     for i, s, m, v in zip(rest, scaled, state.mu, state.nu, strict=True):

@@ -66,7 +66,8 @@ def project_if_tangent(
 
     Raises:
       TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters, or a name is no field of the inner state.
+        not fit the parameters, the leaves of a joint label form different numbers of layers,
+        or a name is no field of the inner state.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -91,6 +92,7 @@ def project_if_tangent(
 
     def init(params: optax.Params) -> ProjectIfTangentState:
         units, inner_state = radial_units(groups, params), wrapped.init(params)
+        _check_layers(units, params)
         if names.first:
             check_moments("project_if_tangent", inner_state, params, units, names)
         return ProjectIfTangentState(inner_state)
@@ -143,6 +145,22 @@ def project_if_tangent(
 
 def _without_last(group: RadialGroup, ndim: int) -> RadialGroup:
     return RadialGroup(index_axes=group.axes(ndim)[:-1])
+
+
+def _check_layers(units: list[Unit], params: Any) -> None:
+    """Raises a `ValueError` if the leaves of a joint label form different numbers of layers."""
+    leaves = _trees.visible_leaves(params)
+    for unit in units:
+        counts = {
+            leaves[i].path: math.prod(group.shape(leaves[i].value.shape)[:-1])
+            for i, group in unit.items()
+        }
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"project_if_tangent: joint label {next(iter(unit.values())).joint!r}: expected "
+                f"as many layers on all its leaves, found {counts}; all index axes but the last "
+                "index the layers."
+            )
 
 
 def _cosine(g: dict[int, jax.Array], x: dict[int, jax.Array], unit: Unit) -> jax.Array:

@@ -82,8 +82,9 @@ def carry(
     m: Any, g: Any, x: Any, unit: Unit, *, decay: Any, gain: Any, square: bool = False
 ) -> Carried:
     """Transports a moment of |x| g to x, and adds a gradient: decay m + gain |x| g."""
-    smallest = max(jnp.finfo(a.dtype).eps for a in m.values()) ** 2
-    dtype = geometry.accumulator(jnp.result_type(*(v[i] for v in (m, g, x) for i in unit)))
+    smallest = max(float(jnp.finfo(a.dtype).eps) for a in m.values()) ** 2
+    wide = {geometry.accumulator(v[i].dtype) for v in (m, g, x) for i in unit}
+    dtype = max(wide, key=lambda each: jnp.finfo(each).bits)
     m, g, x = ({i: v[i].astype(dtype) for i in unit} for v in (m, g, x))
     pairs = [(2, 2), (2, 1), (2, 0), (0, 0)] + [(1, 1)] * square
     xx, gx, mx, mm, *gg = inners((m, g, x), pairs, unit)
@@ -91,7 +92,7 @@ def carry(
     scale = jnp.where(xx == 0, 1, radius)
     # |m - <m, u> u|^2. Of a vector turned by 90 degrees rounding is left, not a direction.
     tangent = mm - geometry.safe_divide(mx, xx) * mx
-    lost = tangent <= max(smallest, 16 * jnp.finfo(xx.dtype).eps) * mm
+    lost = tangent <= max(smallest, 16 * float(jnp.finfo(xx.dtype).eps)) * mm
     kept = decay * jnp.where(lost, 0, jnp.sqrt(mm / jnp.where(lost, 1, tangent)))
     radial = gain * gx / scale
     along = kept * geometry.safe_divide(mx, xx) + radial
