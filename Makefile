@@ -1,16 +1,20 @@
 # `make demo` runs the main job, `make test` the checks and tests; both work from a
-# fresh clone and install what they need into .venv.
+# fresh clone and install what they need into .venv. `make test-oldest` runs the tests
+# in .venv-oldest, with the oldest versions that pyproject.toml admits.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2
+
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -25,11 +29,13 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/memory.py --dtype float32 --out out/benchmarks
 	$(BIN)/python benchmarks/recorders.py --rounds 100 --out out/benchmarks
 
-.venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+.venv-oldest/installed: tests/oldest.txt
+.venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
+.venv/installed .venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --editable ".[test]" $(VERSIONS)
 	touch $@
 
 clean:
-	rm -rf .venv .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -63,8 +63,9 @@ def train(config: Config) -> tuple[Any, float]:
     images = images.astype(float)
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
     batches = NamedSharding(mesh, PartitionSpec("devices"))
-    graphdef, params, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
-    params, rest = jax.tree.map(lambda x: x.astype(float), nnx.as_pure((params, rest)))
+    graphdef, *states = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
+    states = [nnx.to_pure_dict(state) for state in states]
+    params, rest = jax.tree.map(lambda x: x.astype(float), states)
     sharding = jax.tree.map(lambda x: split_channels(mesh, x, shard=config.shard), params)
 
     tx = so.adamsrt(config.learning_rate, groups=RULES)

@@ -107,7 +107,7 @@ def main() -> None:
     def resnet(params: Any, images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, rest, copy=True)(images)
 
-    show_and_train("ResNet18", resnet, nnx.as_pure(params), images, jnp.arange(4))
+    show_and_train("ResNet18", resnet, nnx.to_pure_dict(params), images, jnp.arange(4))
 
     tokens = jax.random.randint(key, (4, 12), 0, 100)
     model = Transformer()

@@ -72,8 +72,9 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
       >>> import jax
       >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
+      >>> auto = (AxisType.Auto, AxisType.Auto)
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto)
       >>> params = {"kernel": jnp.ones((3, 3, 8, 16))}
       >>> sharding = {"kernel": NamedSharding(mesh, PartitionSpec(None, None, "data", "model"))}
       >>> tx = so.scale_by_adamsrt(groups=so.per_filter())

@@ -1,6 +1,7 @@
 """One compilation cache for all sessions, warnings as errors, dtypes as fixtures."""
 
 import contextlib
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Iterator
@@ -17,11 +18,20 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_report_header() -> str:
+    names = ("jax", "jaxlib", "optax", "flax")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """64-bit types for float64, JAX's defaults otherwise."""
-    with jax.enable_x64(dtype == "float64"):
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    try:
         yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
-"""The examples in the README and the guides run in order, and print what they say."""
+"""The examples in the README and the guides run in order, and print what they say.
+
+And the oldest versions that are tested are those that pyproject.toml states.
+"""
 
 import contextlib
 import io
 import pathlib
 import re
+import tomllib
 
 import pytest
 
@@ -37,3 +41,12 @@ def test_examples_run(name, shown):
             exec(compile(program, f"{name}, example {number}", "exec"), namespace)
         if output is not None:
             assert printed.getvalue() == output
+
+
+def test_oldest_versions_are_the_least_that_are_admitted():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    admitted = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
+    least = {each.replace(">=", "==") for each in admitted if ">=" in each}
+    pinned = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    assert least
+    assert least <= set(pinned)

@@ -129,7 +129,7 @@ def test_groups_of_an_nnx_state_are_described():
     state = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param)
     lines = so.describe_groups(state, GROUPS).splitlines()
     assert lines[1].split() == ["conv/kernel", "(3,", "3,", "1,", "4)", "4", "9", "-"]
-    assert so.describe_groups(nnx.as_pure(state), GROUPS).splitlines() == lines
+    assert so.describe_groups(nnx.to_pure_dict(state), GROUPS).splitlines() == lines
 
 
 def test_sharding_metadata_of_a_kernel_stays_off_the_reduced_state():

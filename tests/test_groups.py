@@ -105,10 +105,10 @@ def test_paths_are_the_same_for_every_container():
     ):
         assert radial_units(rules, params) == [{0: FILTER}]
     assert radial_units(rules, module) == [{1: FILTER}]  # the bias comes first
-    assert radial_units(rules, nnx.as_pure(module)) == [{1: FILTER}]
+    assert radial_units(rules, nnx.to_pure_dict(module)) == [{1: FILTER}]
     assert radial_units({"layers": {0: {"kernel": True, "bias": None}}}, module) == [{1: FILTER}]
     masked = jax.tree.map(lambda p: p.ndim > 1, module)
-    assert radial_units(masked, nnx.as_pure(module)) == [{1: FILTER}]
+    assert radial_units(masked, nnx.to_pure_dict(module)) == [{1: FILTER}]
 
 
 def test_table():

@@ -180,10 +180,18 @@ def big_copies(compiled, entries=4096):
 
 @pytest.mark.parametrize("name", ["adamsrt", "sgdmrt", "adams"])
 def test_compiled_step_is_in_place(name):
-    make = getattr(so, name)
-    compiled, params = compiled_step(make(1e-3, groups=GROUPS))
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    compiled, _ = compiled_step(getattr(so, name)(1e-3, groups=GROUPS))
     assert big_copies(compiled) == []
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2),
+    reason="before JAX 0.10.2 XLA allocates more for the same step",
+)
+@pytest.mark.parametrize("name", ["adamsrt", "sgdmrt", "adams"])
+def test_compiled_step_needs_little_memory(name):
+    compiled, params = compiled_step(getattr(so, name)(1e-3, groups=GROUPS))
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * total
 
 

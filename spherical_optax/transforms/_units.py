@@ -90,7 +90,8 @@ def zero(box: Any) -> jax.Array:
 
 def zeros_as(fn: Callable[..., jax.Array], *args: Any) -> jax.Array:
     """Zeros of the type, sharding included, of what a function returns."""
-    return jnp.zeros_like(jax.eval_shape(fn, *args))
+    found = jax.eval_shape(fn, *args)
+    return jnp.zeros_like(found, device=found.sharding)
 
 
 def zeros_per_group(units: list[Unit], leaves: list[Any]) -> dict[int, jax.Array]:
