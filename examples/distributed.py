@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import tyro
 from digits import BATCH_SIZE, RULES, Network, check_options, load
+from effective_learning_rate import functional_loss
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -63,9 +64,8 @@ def train(config: Config) -> tuple[Any, float]:
     images = images.astype(float)
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
     batches = NamedSharding(mesh, PartitionSpec("devices"))
-    graphdef, *states = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
-    states = [nnx.to_pure_dict(state) for state in states]
-    params, rest = jax.tree.map(lambda x: x.astype(float), states)
+    loss_fn, params = functional_loss(Network(nnx.Rngs(0)))
+    params = nnx.to_pure_dict(params)
     sharding = jax.tree.map(lambda x: split_channels(mesh, x, shard=config.shard), params)
 
     tx = so.adamsrt(config.learning_rate, groups=RULES)
@@ -76,10 +76,6 @@ def train(config: Config) -> tuple[Any, float]:
         sharding,
     )
     state = jax.jit(tx.init, out_shardings=where)(params)
-
-    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params, rest, copy=True)(x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
         loss, grads = jax.value_and_grad(loss_fn)(params, x, y)

@@ -51,12 +51,14 @@ def _of_leaf(
     def plainly(*arrays: jax.Array) -> list[jax.Array]:
         return [geometry.inner(arrays[i], arrays[j], group) for i, j in pairs]
 
-    def in_blocks(*arrays: jax.Array) -> list[jax.Array]:
-        return _in_blocks(arrays, pairs, group)
-
+    view = _blocks(arrays[0].shape, group)
     # An array over several devices would be gathered by the loop.
-    if jax.device_count() > 1 or _blocks(arrays[0].shape, group) is None:
+    if jax.device_count() > 1 or view is None:
         return plainly(*arrays)
+
+    def in_blocks(*arrays: jax.Array) -> list[jax.Array]:
+        return _in_blocks(arrays, pairs, group, view)
+
     return lax.platform_dependent(*arrays, cpu=in_blocks, default=plainly)
 
 
@@ -79,11 +81,13 @@ def _leading(group: RadialGroup, ndim: int) -> int:
 
 
 def _in_blocks(
-    arrays: Sequence[jax.Array], pairs: tuple[Pair, ...], group: RadialGroup
+    arrays: Sequence[jax.Array],
+    pairs: tuple[Pair, ...],
+    group: RadialGroup,
+    view: tuple[int, int, int, int],
 ) -> list[jax.Array]:
     shape = arrays[0].shape
     leading = _leading(group, len(shape))
-    view = _blocks(shape, group)
     dtype = geometry.accumulator(arrays[0].dtype)
     zero = jnp.zeros((), dtype)
 
@@ -96,7 +100,7 @@ def _in_blocks(
         sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
         return add(totals, [each.sum(0) for each in sums]), None
 
-    start = (jnp.zeros(view[-1:], dtype),) * len(pairs)  # type: ignore[index]
+    start = (jnp.zeros(view[-1:], dtype),) * len(pairs)
     totals, _ = lax.scan(body, start, tuple(each.reshape(view) for each in arrays))
     rest = RadialGroup(tuple(axis - leading for axis in group.axes(len(shape))), group.num_blocks)
     return [geometry.sum_groups(total.reshape(shape[leading:]), rest) for total in totals]

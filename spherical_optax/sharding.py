@@ -66,7 +66,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
 
     Raises:
       TypeError: If a sharding is no `NamedSharding`; the message names the parameter.
-      ValueError: If the trees differ, or the shardings are on several meshes.
+      ValueError: If the trees' paths differ, there are none, or the shardings are on several
+        meshes.
 
     Examples:
       >>> import jax
@@ -84,12 +85,16 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
       >>> state = jax.jit(tx.init, out_shardings=where)(params)
     """
     leaves, treedef = jax.tree.flatten(params)
-    paths = [leaf.path for leaf in _trees.visible_leaves(params) if leaf.value is not None]
-    found, other = jax.tree.flatten(sharding)
-    if len(found) != len(leaves):
+    paths, others = (
+        [leaf.path for leaf in _trees.visible_leaves(tree) if leaf.value is not None]
+        for tree in (params, sharding)
+    )
+    if paths != others or not paths:
         raise ValueError(
-            f"state_sharding: expected a tree like the parameters, {treedef}, found {other}."
+            f"state_sharding: expected a tree like the parameters, with a sharding for each of "
+            f"{paths}, found {others}."
         )
+    found = jax.tree.leaves(sharding)
     for path, each in zip(paths, found, strict=True):
         if not isinstance(each, NamedSharding):
             raise TypeError(
@@ -101,8 +106,6 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
                 f"state_sharding: {path}: expected the mesh of {paths[0]}, {found[0].mesh}, found "
                 f"{each.mesh}."
             )
-    if not found:
-        return jax.eval_shape(tx.init, params)
     mesh = found[0].mesh
     names = mesh.axis_names
     explicit = AbstractMesh(mesh.axis_sizes, names, axis_types=(AxisType.Explicit,) * len(names))

@@ -228,6 +228,10 @@ def test_state_sharding_refuses():
         so.state_sharding(tx, params, {"a": fine, "b": PartitionSpec()})
     with pytest.raises(ValueError, match="state_sharding: expected a tree like the parameters"):
         so.state_sharding(tx, params, {"a": fine})
+    with pytest.raises(ValueError, match=r"each of \['a', 'b'\], found \['a', 'c'\]"):
+        so.state_sharding(tx, params, {"a": fine, "c": fine})
+    with pytest.raises(ValueError, match=r"each of \[\], found \[\]"):
+        so.state_sharding(tx, {}, {})
     other = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     other = NamedSharding(other, PartitionSpec())
     with pytest.raises(ValueError, match="state_sharding: b: expected the mesh of a"):

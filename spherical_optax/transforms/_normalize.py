@@ -9,6 +9,7 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, radial_units
+from spherical_optax.transforms._adams import bias_correction
 from spherical_optax.transforms._units import (
     Unit,
     check_group_state,
@@ -107,7 +108,7 @@ def normalize_updates(
             mean = kept[next(iter(unit))]
             square = geometry.inner(pick(unit, v), pick(unit, v), unit).astype(mean.dtype)
             mean = decay * mean + (1 - decay) * square
-            length = geometry.safe_sqrt(mean / (1 - decay ** steps.astype(mean.dtype))) + eps
+            length = geometry.safe_sqrt(mean / bias_correction(decay, steps, mean)) + eps
             factor = _factor(pick(unit, x), unit, length)
             scaled = geometry.scale(factor, pick(unit, v), unit)
             for i, value in per_leaf(mean, unit, kept).items():

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax.groups import Groups
 from spherical_optax.transforms._units import (
     Unit,
     check_group_state,
+    movable,
     per_leaf,
     pick,
     require_params,
@@ -110,13 +111,10 @@ def transport_moments(
     )
     wrapped = optax.with_extra_args_support(inner)
 
-    def movable(params: optax.Params, leaves: list[Any]) -> list[Unit]:
-        return [u for u in radial_units(groups, params) if group_size(u, leaves) > 1]
-
     def init(params: optax.Params) -> TransportMomentsState:
         inner_state = wrapped.init(params)
         leaves = _trees.flatten(params)[0]
-        units = movable(params, leaves)
+        units = movable(groups, params)
         check_moments("transport_moments", inner_state, params, units, names)
         radius = state_like(params, zeros_per_group(units, leaves), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
@@ -131,7 +129,7 @@ def transport_moments(
         x, _ = _trees.flatten(params)
         radius, radius_treedef = _trees.flatten(state.radius)
         first, second = find_moments(state.inner_state, params, names)
-        units = movable(params, x)
+        units = movable(groups, params)
         check_group_state("transport_moments", params, radius, units, x)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)

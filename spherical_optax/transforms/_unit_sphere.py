@@ -23,6 +23,7 @@ from spherical_optax.transforms._units import (
     Unit,
     check_state,
     elsewhere,
+    movable,
     per_leaf,
     present,
     require_params,
@@ -114,12 +115,6 @@ def _direction(carried: Carried, factor: Any, x: Any, unit: Unit) -> dict[int, j
         + geometry.spread(factor * carried.radial, x[i], group) * geometry.wide(x[i])
         for i, group in unit.items()
     }
-
-
-def movable(groups: Groups, tree: Any) -> list[Unit]:
-    """The units with a tangent space: all but those of one entry per group."""
-    leaves = _trees.flatten(tree)[0]
-    return [unit for unit in radial_units(groups, tree) if group_size(unit, leaves) > 1]
 
 
 def scale_by_adamsrt(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import RadialGroup
+from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
 from spherical_optax.sharding import laid_out
 
 Unit = dict[int, RadialGroup]
@@ -18,6 +18,12 @@ Unit = dict[int, RadialGroup]
 def pick(unit: Unit, leaves: Any) -> dict[int, jax.Array]:
     """The arrays of a unit's leaves."""
     return {i: leaves[i] for i in unit}
+
+
+def movable(groups: Groups, tree: Any) -> list[Unit]:
+    """The units with a tangent space: all but those of one entry per group."""
+    leaves = _trees.flatten(tree)[0]
+    return [unit for unit in radial_units(groups, tree) if group_size(unit, leaves) > 1]
 
 
 def present(units: list[Unit], leaves: Any, tree: Any) -> list[Unit]:
