@@ -69,7 +69,7 @@ def describe_program(compiled: jax.stages.Compiled, parameters: int) -> Row:
         "kernels": len(re.findall(r" (?:fusion|custom-call)\(", text)),
         "bytes accessed per parameter": cost.get("bytes accessed", math.nan) / parameters,
         "temporary bytes per parameter": memory.temp_size_in_bytes / parameters,
-        "copies of 4096 entries and more": sum(size >= 4096 for size in sizes),
+        "copies of 16384 entries and more": sum(size >= 16384 for size in sizes),
     }
 
 

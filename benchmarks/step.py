@@ -94,7 +94,7 @@ def table(rows: list[Row]) -> list[Row]:
             "kernels": row["kernels"],
             "bytes": f"{row['bytes accessed per parameter']:.0f}",
             "temporary": f"{row['temporary bytes per parameter']:.2f}",
-            "copies": row["copies of 4096 entries and more"],
+            "copies": row["copies of 16384 entries and more"],
         }
         for row in rows
     ]
@@ -121,7 +121,7 @@ def main(config: Config) -> None:
     print(
         "\nRatios: median (quartiles) of the rounds, to optax.adam and to optax.sgd with momentum;"
         "\ncompile time to that of optax.adam; bytes accessed and temporary, per parameter, as XLA"
-        "\nreports them (float32); copies of 4096 entries and more in the compiled program."
+        "\nreports them (float32); copies of 16384 entries and more in the compiled program."
     )
     settings = {"rounds": config.rounds, "budget": config.budget}
     write(config.out, "step", settings, results)

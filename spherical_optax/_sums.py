@@ -15,7 +15,8 @@ from spherical_optax.sharding import laid_out
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
-ROWS, BLOCKS = 16, 4  # more rows are not unrolled by XLA's CPU compiler, and not vectorized
+ROWS = 8  # more than 16 are not unrolled by XLA's CPU compiler, and not vectorized
+BLOCKS, BLOCK = 8, 1 << 17  # at least so many, which bounds temporary memory; entries of one
 SMALL = 1 << 16  # entries; below, the loop costs more than the passes
 
 
@@ -69,9 +70,12 @@ def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, 
     """
     leading = _leading(group, len(shape))
     rows = math.prod(shape[:leading])
-    if math.prod(shape) < SMALL or rows % (2 * ROWS) != 0:
+    if math.prod(shape) < SMALL or rows % ROWS != 0:
         return None
-    blocks = math.gcd(rows // ROWS, BLOCKS)
+    least = max(BLOCKS, math.prod(shape) // BLOCK)
+    blocks = next((n for n in range(least, 4 * least) if rows // ROWS % n == 0), None)
+    if blocks is None:
+        return None
     return blocks, ROWS, rows // ROWS // blocks, math.prod(shape[leading:])
 
 
@@ -98,9 +102,9 @@ def _in_blocks(
         block = [geometry.wide(each) for each in block]
         products = tuple(block[i] * block[j] for i, j in pairs)
         sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
-        return add(totals, [each.sum(0) for each in sums]), None
+        return totals + jnp.stack([each.sum(0) for each in sums]), None
 
-    start = (jnp.zeros(view[-1:], dtype),) * len(pairs)
+    start = jnp.zeros((len(pairs), view[-1]), dtype)
     totals, _ = lax.scan(body, start, tuple(each.reshape(view) for each in arrays))
     rest = RadialGroup(tuple(axis - leading for axis in group.axes(len(shape))), group.num_blocks)
     return [geometry.sum_groups(total.reshape(shape[leading:]), rest) for total in totals]
