@@ -1,11 +1,12 @@
 # `make demo` runs the main job, `make test` the checks and tests; both work from a
 # fresh clone and install what they need into .venv. `make test-oldest` runs the tests
-# in .venv-oldest, with the oldest versions that pyproject.toml admits.
+# in .venv-oldest, with the oldest versions that pyproject.toml admits; `make test-fuzz`
+# draws 1000 random examples for each law, which takes about an hour.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest test-fuzz lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -16,6 +17,9 @@ test: .venv/installed lint
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2
 
+test-fuzz: .venv/installed
+	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +27,7 @@ lint: .venv/installed
 
 # Short forms of the benchmarks, under 5 minutes; without options they take longer.
 bench: .venv/installed
-	$(BIN)/python benchmarks/step.py --tree resnet18 --rounds 11 --out out/benchmarks
+	$(BIN)/python benchmarks/step.py --tree resnet18 --sweeps 1 --out out/benchmarks
 	$(BIN)/python benchmarks/train.py --rounds 5 --budget 30 --out out/benchmarks
 	$(BIN)/python benchmarks/scaling.py --parameters 1e5 1e6 1e7 --layers 10 100 --kernels 10 100 --rounds 11 --out out/benchmarks
 	$(BIN)/python benchmarks/memory.py --dtype float32 --out out/benchmarks

@@ -1,16 +1,17 @@
 """One optimizer step on the parameter trees of known networks, against Optax's Adam.
 
 Compiled with parameters and state donated. Each optimizer runs interleaved with Adam and
-momentum SGD; ratios are those within a round.
+momentum SGD; ratios are those within a round. All are measured several times, minutes apart:
+how fast memory is changes with what else runs on the machine.
 
     python benchmarks/step.py
-    python benchmarks/step.py --tree resnet18 --rounds 11
+    python benchmarks/step.py --tree resnet18 --sweeps 1
 """
 
 import dataclasses
 import gc
 import pathlib
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -40,17 +41,27 @@ class Config:
     """Parameter trees."""
     optimizer: tuple[str, ...] = tuple(OPTIMIZERS)
     """Optimizers, by the names in the table."""
-    rounds: int = 31
-    """Steps of each."""
-    budget: float = 40.0
+    sweeps: int = 3
+    """How often all are measured."""
+    rounds: int = 15
+    """Steps of each in a sweep."""
+    budget: float = 15.0
     """Seconds for each comparison, after which it ends with fewer rounds, 3 at least."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for step.json."""
 
 
-def measure(name: str, tree: trees.Tree, config: Config) -> Row:
-    """One optimizer beside Adam and momentum SGD."""
-    parameters, runs, programs = trees.count(tree.shapes), {}, {}
+class Measured(NamedTuple):
+    """One optimizer beside Adam and momentum SGD, in one sweep."""
+
+    seconds: np.ndarray
+    """Of a step of the optimizer, of Adam and of momentum SGD, per round."""
+    compile_to_adam: float
+    program: Row
+
+
+def measure(name: str, tree: trees.Tree, config: Config) -> Measured:
+    runs, programs = {}, {}
     grads = trees.arrays(tree.shapes, seed=1)
     for each in dict.fromkeys((*REFERENCES, name)):
         tx, params = OPTIMIZERS[each](tree.groups), trees.arrays(tree.shapes, seed=0)
@@ -58,15 +69,24 @@ def measure(name: str, tree: trees.Tree, config: Config) -> Row:
         runs[each] = stepper(programs[each], tx, params, grads)
         del params
     times = interleave(runs, budget=config.budget, rounds=config.rounds)
-    adam, sgd = (times[reference] for reference in REFERENCES)
+    return Measured(
+        np.stack([times[each] for each in (name, *REFERENCES)]),
+        programs[name].seconds / programs["optax.adam"].seconds,
+        describe_program(programs[name].run, trees.count(tree.shapes)),
+    )
+
+
+def summary(name: str, sweeps: list[Measured]) -> Row:
+    """All rounds of all sweeps."""
+    own, adam, sgd = np.concatenate([sweep.seconds for sweep in sweeps], axis=1)
     return {
         "optimizer": name,
-        "milliseconds": 1e3 * float(np.median(times[name])),
-        "to adam": ratio(times[name], adam),
-        "to sgd": ratio(times[name], sgd),
-        "compile to adam": programs[name].seconds / programs["optax.adam"].seconds,
-        "rounds": len(adam),
-        **describe_program(programs[name].run, parameters),
+        "milliseconds": 1e3 * float(np.median(own)),
+        "to adam": ratio(own, adam),
+        "to sgd": ratio(own, sgd),
+        "compile to adam": float(np.median([sweep.compile_to_adam for sweep in sweeps])),
+        "rounds": len(own),
+        **sweeps[0].program,
     }
 
 
@@ -112,10 +132,12 @@ def main(config: Config) -> None:
         if not fits(tree):
             print(f"\n{name}: skipped, not enough memory")
             continue
-        results[name] = []
-        for optimizer in config.optimizer:
-            results[name].append(measure(optimizer, tree, config))
-            gc.collect()
+        found: dict[str, list[Measured]] = {optimizer: [] for optimizer in config.optimizer}
+        for _ in range(config.sweeps):
+            for optimizer, sweeps in found.items():
+                sweeps.append(measure(optimizer, tree, config))
+                gc.collect()
+        results[name] = [summary(optimizer, sweeps) for optimizer, sweeps in found.items()]
         count = f"{trees.count(tree.shapes):,}"
         print_table(f"{name}, {count} parameters", table(results[name]))
     print(
@@ -123,7 +145,7 @@ def main(config: Config) -> None:
         "\ncompile time to that of optax.adam; bytes accessed and temporary, per parameter, as XLA"
         "\nreports them (float32); copies of 16384 entries and more in the compiled program."
     )
-    settings = {"rounds": config.rounds, "budget": config.budget}
+    settings = {"sweeps": config.sweeps, "rounds": config.rounds, "budget": config.budget}
     write(config.out, "step", settings, results)
 
 

@@ -27,16 +27,18 @@ def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit:
     all of them; its CPU backend makes one pass for each, so there a loop does it here.
 
     Args:
-      vectors: Each a dictionary from leaf number to array, all of one dtype.
+      vectors: Each a dictionary from leaf number to array.
       pairs: Which vectors to multiply, by their position.
       unit: From leaf number to `RadialGroup`.
 
     Returns:
-      One value per group for each pair, as from `geometry.inner`.
+      One value per group for each pair, as from `geometry.inner`, all of the widest dtype.
     """
+    accumulators = [geometry.accumulator(vector[i].dtype) for vector in vectors for i in unit]
+    dtype = max(accumulators, key=lambda each: jnp.finfo(each).bits)
     totals: list[Any] = []
     for i, group in unit.items():
-        sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group)
+        sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group, dtype)
         if totals:
             like = jax.typeof(totals[0])
             sums = [laid_out(value, like.shape, like.sharding) for value in sums]
@@ -47,10 +49,11 @@ def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit:
 
 
 def _of_leaf(
-    arrays: list[jax.Array], pairs: tuple[Pair, ...], group: RadialGroup
+    arrays: list[jax.Array], pairs: tuple[Pair, ...], group: RadialGroup, dtype: Any
 ) -> list[jax.Array]:
     def plainly(*arrays: jax.Array) -> list[jax.Array]:
-        return [geometry.inner(arrays[i], arrays[j], group) for i, j in pairs]
+        wide = [each.astype(dtype) for each in arrays]
+        return [geometry.inner(wide[i], wide[j], group) for i, j in pairs]
 
     view = _blocks(arrays[0].shape, group)
     # An array over several devices would be gathered by the loop.
@@ -58,7 +61,7 @@ def _of_leaf(
         return plainly(*arrays)
 
     def in_blocks(*arrays: jax.Array) -> list[jax.Array]:
-        return _in_blocks(arrays, pairs, group, view)
+        return _in_blocks(arrays, pairs, group, dtype, view)
 
     return lax.platform_dependent(*arrays, cpu=in_blocks, default=plainly)
 
@@ -88,18 +91,18 @@ def _in_blocks(
     arrays: Sequence[jax.Array],
     pairs: tuple[Pair, ...],
     group: RadialGroup,
+    dtype: Any,
     view: tuple[int, int, int, int],
 ) -> list[jax.Array]:
     shape = arrays[0].shape
     leading = _leading(group, len(shape))
-    dtype = geometry.accumulator(arrays[0].dtype)
     zero = jnp.zeros((), dtype)
 
     def add(a: Any, b: Any) -> Any:
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
     def body(totals: Any, block: Any) -> Any:
-        block = [geometry.wide(each) for each in block]
+        block = [each.astype(dtype) for each in block]
         products = tuple(block[i] * block[j] for i, j in pairs)
         sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
         return totals + jnp.stack([each.sum(0) for each in sums]), None

@@ -23,7 +23,7 @@ def run(program, *options, out):
 @pytest.mark.slow
 def test_step(tmp_path):
     names = ["optax.adam", "adamsrt", "adamsrt, composed"]
-    options = ["--tree", "resnet18", "--rounds", "3", "--optimizer", *names]
+    options = ["--tree", "resnet18", "--sweeps", "1", "--rounds", "3", "--optimizer", *names]
     results, printed = run("step.py", *options, out=tmp_path)
     assert "resnet18, 11,173,962 parameters" in printed
     adam, fused, composed = results["resnet18"]

@@ -1,13 +1,14 @@
 """Laws for random shapes, groups, dtypes and magnitudes, against float64 vectors per group.
 
-`FUZZ_EXAMPLES=1000 python -m pytest tests/test_fuzz.py` draws 1000 random examples for each
-law. By default there are a few, always the same.
+`make test-fuzz` sets `FUZZ_EXAMPLES=1000`: so many random examples for each law. By default
+there are a few, always the same.
 """
 
 import dataclasses
 import math
 import os
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -440,14 +441,9 @@ class Layer:
     gain: object = None
 
 
-def equinox_layer(a, b, c):
-    eqx = pytest.importorskip("equinox")
-
-    class Module(eqx.Module):
-        kernel: object
-        rest: object
-
-    return Module(a, (b, c))
+class Module(eqx.Module):
+    kernel: object
+    rest: object
 
 
 CONTAINERS = {
@@ -460,7 +456,7 @@ CONTAINERS = {
     "state": lambda a, b, c: nnx.State(
         {"outer": {"kernel": nnx.Param(a), "bias": nnx.Param(b)}, "gain": nnx.Param(c)}
     ),
-    "equinox": equinox_layer,
+    "equinox": lambda a, b, c: Module(a, (b, c)),
 }
 # Groups are a tree with the same keys, of any container.
 GROUPS_OF = {**CONTAINERS, "state": CONTAINERS["dict"]}

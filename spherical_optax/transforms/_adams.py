@@ -160,7 +160,8 @@ def adam_elsewhere(
     if not rest:
         return
     taken = optax.ScaleByAdamState(count, [mu[i] for i in rest], [nu[i] for i in rest])
-    scaled, state = adam.update([g[i] for i in rest], taken)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam has a float to the power of an int
+        scaled, state = adam.update([g[i] for i in rest], taken)
     for i, s, m, v in zip(rest, scaled, state.mu, state.nu, strict=True):
         g[i] = s.astype(jnp.result_type(g[i]))
         mu[i], nu[i] = m.astype(mu[i].dtype), v.astype(nu[i].dtype)

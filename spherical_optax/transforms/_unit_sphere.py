@@ -84,11 +84,9 @@ def carry(
 ) -> Carried:
     """Transports a moment of |x| g to x, and adds a gradient: decay m + gain |x| g."""
     smallest = max(float(jnp.finfo(a.dtype).eps) for a in m.values()) ** 2
-    wide = {geometry.accumulator(v[i].dtype) for v in (m, g, x) for i in unit}
-    dtype = max(wide, key=lambda each: jnp.finfo(each).bits)
-    m, g, x = ({i: v[i].astype(dtype) for i in unit} for v in (m, g, x))
     pairs = [(2, 2), (2, 1), (2, 0), (0, 0)] + [(1, 1)] * square
     xx, gx, mx, mm, *gg = inners((m, g, x), pairs, unit)
+    m, g, x = ({i: v[i].astype(xx.dtype) for i in unit} for v in (m, g, x))
     radius = geometry.safe_sqrt(xx)
     scale = jnp.where(xx == 0, 1, radius)
     # |m - <m, u> u|^2. Of a vector turned by 90 degrees rounding is left, not a direction.
