@@ -285,3 +285,24 @@ def test_nnx_optimizer_on_kernels_with_sharding_metadata():
     assert np.abs(model.kernel[...] - before).max() > 0
     state = nnx.to_pure_dict(optax.tree.get(optimizer.opt_state, "nu"))
     assert state["kernel"].shape == (4,)
+
+
+@here
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_state_sharding_of_an_nnx_state(axis_type):
+    """Given as Flax tells it, or as a dictionary with the same keys."""
+    mesh = mesh_of(axis_type)
+    init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
+    with jax.set_mesh(mesh):
+        params = nnx.state(nnx.Linear(8, 4, kernel_init=init, rngs=nnx.Rngs(0)), nnx.Param)
+        tx = so.scale_by_adamsrt(groups=so.groups_by_path({"kernel": so.per_filter()}))
+        given = nnx.get_named_sharding(params, mesh)
+        where = so.state_sharding(tx, params, given)
+        state = jax.jit(tx.init, out_shardings=where)(params)
+        for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
+        same = so.state_sharding(tx, params, nnx.to_pure_dict(given))
+    specs = [tuple(each.spec) for each in jax.tree.leaves((where.mu, where.nu))]
+    assert ("data", "model") in specs
+    assert tuple(nnx.to_pure_dict(where.nu)["kernel"].spec) == ("model",)
+    assert jax.tree.leaves(same) == jax.tree.leaves(where)
