@@ -1,7 +1,7 @@
 # `make demo` runs the main job, `make test` the checks and tests; both work from a
 # fresh clone and install what they need into .venv. `make test-oldest` runs the tests
 # in .venv-oldest, with the oldest versions that pyproject.toml admits; `make test-fuzz`
-# draws 1000 random examples for each law, which takes about an hour.
+# draws 1000 random examples for each law, which takes a quarter of an hour.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,6 +32,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/scaling.py --parameters 1e5 1e6 1e7 --layers 10 100 --kernels 10 100 --rounds 11 --out out/benchmarks
 	$(BIN)/python benchmarks/memory.py --dtype float32 --out out/benchmarks
 	$(BIN)/python benchmarks/recorders.py --rounds 100 --out out/benchmarks
+	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
