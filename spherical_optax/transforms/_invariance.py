@@ -9,6 +9,7 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
+from spherical_optax._sums import inners
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
 from spherical_optax.transforms._transport import (
     Names,
@@ -17,7 +18,7 @@ from spherical_optax.transforms._transport import (
     fields_of,
     find_moments,
 )
-from spherical_optax.transforms._units import Unit, pick, present, require_params
+from spherical_optax.transforms._units import Unit, elsewhere, pick, present, require_params
 
 
 class ProjectIfTangentState(NamedTuple):
@@ -109,36 +110,27 @@ def project_if_tangent(
         p, treedef = _trees.flatten(updates)
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
-        factor: dict[int, jax.Array] = {}
-        for unit in present(radial_units(groups, params), g, updates):
+        units = present(radial_units(groups, params), g, updates)
+        for unit in units:
+            indexed = bool(next(iter(unit.values())).index_axes)
+            pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
+            xx, gx, gg, px = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
-            xs, gs = pick(unit, x), pick(unit, g)
-            near = _cosine(gs, xs, unit) < delta / math.sqrt(group_size(unit, x))
-            first = next(iter(unit.values()))
-            by_group = jnp.all(near, axis=-1) if first.index_axes else near
-            by_layer = _cosine(gs, xs, layer) < delta / math.sqrt(group_size(layer, x))
-            ratio = jnp.where(by_group | by_layer, wd_ratio, 1)
-            factor |= {i: geometry.spread(ratio, x[i], group) for i, group in layer.items()}
-            places = [(p, {i: i for i in unit}, unit)] + [
-                (kept, *found) for found in fields_of(unit, fields, kept)
-            ]
-            for leaves, where, part in places:
-                v, xs = {i: leaves[where[i]] for i in part}, pick(part, x)
-                fine = geometry.project(v, xs, part)
-                coarse = geometry.project(v, xs, {i: layer[i] for i in part})
-                for i in part:
-                    finely = geometry.spread(by_group, x[i], layer[i])
-                    coarsely = geometry.spread(by_layer, x[i], layer[i])
-                    leaves[where[i]] = jnp.where(
-                        finely, fine[i], jnp.where(coarsely, coarse[i], v[i])
-                    )
-        decayed = [
-            leaf
-            if leaf is None
-            else (leaf + weight_decay * factor.get(i, 1) * w).astype(leaf.dtype)
-            for i, (leaf, w) in enumerate(zip(p, x, strict=True))
-        ]
-        return treedef.unflatten(decayed), ProjectIfTangentState(inner_treedef.unflatten(kept))
+            near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
+            near_group = jnp.all(near, axis=-1, keepdims=True) if indexed else near
+            sums = (_over_layer(each, indexed) for each in (gx, gg, xx))
+            near_layer = _cosine(*sums) < delta / math.sqrt(group_size(layer, x))
+            decay = weight_decay * jnp.where(near_group | near_layer, wd_ratio, 1)
+            off = _radial(px, xx, near_group, near_layer, indexed)
+            _subtract(p, {i: i for i in unit}, off - decay, x, unit)
+            for place, part in fields_of(unit, fields, kept):
+                v = {i: kept[place[i]] for i in part}
+                vx, xx = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
+                off = _radial(vx, xx, near_group, near_layer, indexed)
+                _subtract(kept, place, off, x, part)
+        for i in elsewhere(units, p):
+            p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
+        return treedef.unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -163,7 +155,29 @@ def _check_layers(units: list[Unit], params: Any) -> None:
             )
 
 
-def _cosine(g: dict[int, jax.Array], x: dict[int, jax.Array], unit: Unit) -> jax.Array:
-    """|cos(g, x)| of each group, 0 where either is zero."""
-    size = geometry.norm(g, unit) * geometry.norm(x, unit)
-    return jnp.abs(geometry.inner(g, x, unit)) / jnp.where(size == 0, 1, size)
+def _over_layer(values: jax.Array, indexed: bool) -> jax.Array:
+    """Sums over the groups of each layer, laid out to broadcast against the groups."""
+    return values.sum(-1, keepdims=True) if indexed else values
+
+
+def _cosine(gx: jax.Array, gg: jax.Array, xx: jax.Array) -> jax.Array:
+    """|cos(g, x)|, 0 where either is zero."""
+    return jnp.abs(geometry.safe_divide(gx, geometry.safe_sqrt(gg) * geometry.safe_sqrt(xx)))
+
+
+def _radial(
+    vx: jax.Array, xx: jax.Array, near_group: jax.Array, near_layer: jax.Array, indexed: bool
+) -> jax.Array:
+    """The coefficient of x in the part that is projected off v, one per group."""
+    whole = geometry.safe_divide(_over_layer(vx, indexed), _over_layer(xx, indexed))
+    return jnp.where(near_group, geometry.safe_divide(vx, xx), jnp.where(near_layer, whole, 0))
+
+
+def _subtract(
+    leaves: list[Any], place: dict[int, int], coefficient: jax.Array, x: list[Any], unit: Unit
+) -> None:
+    """Takes a multiple of x, one per group, off some leaves."""
+    for i, group in unit.items():
+        v = leaves[place[i]]
+        radial = geometry.spread(coefficient, x[i], group) * geometry.wide(x[i])
+        leaves[place[i]] = (geometry.wide(v) - radial).astype(v.dtype)
