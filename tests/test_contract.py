@@ -4,6 +4,7 @@ A new transform or optimizer is added to `TABLE` first.
 """
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax import export
 
 import spherical_optax as so
 
@@ -274,7 +276,9 @@ def test_multi_steps_is_the_averaged_step(entry, x64):
     tx, params, grads = build(entry), params_of("float64"), gradients("float64", steps=4)
     pairs = zip(grads[::2], grads[1::2], strict=True)
     averaged = [jax.tree.map(lambda a, b: (a + b) / 2, *pair) for pair in pairs]
-    multi = optax.MultiSteps(tx, every_k_schedule=2, accumulator_dtype="float64")
+    newer = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
+    wide = {"accumulator_dtype": "float64"} if newer else {}  # older: as the parameters
+    multi = optax.MultiSteps(tx, every_k_schedule=2, **wide)
     params_multi, state = run(multi, params, grads)
     expected, expected_state = run(tx, params, averaged)
     equal(params_multi, expected, rtol=1e-10)
@@ -467,7 +471,7 @@ def test_orbax_restores_bit_for_bit(entry, tmp_path):
 def test_exports_to_cuda_and_tpu(entry):
     tx, params, (g, *_) = build(entry), params_of(), gradients()
     state = tx.init(params)
-    exported = jax.export.export(jax.jit(tx.update), platforms=["cuda", "tpu"])(g, state, params)
+    exported = export.export(jax.jit(tx.update), platforms=["cuda", "tpu"])(g, state, params)
     assert exported.platforms == ("cuda", "tpu")
 
 

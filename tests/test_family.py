@@ -99,7 +99,9 @@ def test_bad_names_of_moments_to_project():
 INNERS = {
     "adam": optax.scale_by_adam,
     "lion": optax.scale_by_lion,
-    "muon": optax.contrib.scale_by_muon,
+    "muon": lambda: optax.contrib.scale_by_muon(
+        weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
+    ),
 }
 
 

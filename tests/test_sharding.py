@@ -35,7 +35,7 @@ def test_in_a_session_with_eight_devices():
         environment.pop(name, None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"^\d\d+ passed, 1 skipped", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(r"^[5-9]\d passed", result.stdout, re.MULTILINE), result.stdout
 
 
 GROUPS = so.groups_by_path(
@@ -289,6 +289,7 @@ def test_nnx_optimizer_on_kernels_with_sharding_metadata():
 
 @here
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="Flax of then refuses explicit axes")
 def test_state_sharding_of_an_nnx_state(axis_type):
     """Given as Flax tells it, or as a dictionary with the same keys."""
     mesh = mesh_of(axis_type)
