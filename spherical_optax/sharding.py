@@ -91,8 +91,9 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
     )
     if paths != others or not paths:
         raise ValueError(
-            f"state_sharding: expected a tree like the parameters, with a sharding for each of "
-            f"{paths}, found {others}."
+            "state_sharding: expected a tree like the parameters, with a sharding for each, found "
+            f"none for {[path for path in paths if path not in others]}, and some for "
+            f"{[path for path in others if path not in paths]}, of {len(paths)} parameters."
         )
     found = jax.tree.leaves(sharding)
     for path, each in zip(paths, found, strict=True):

@@ -23,6 +23,21 @@ def normal(seed, shape, dtype=None):
 # --- AdamP ------------------------------------------------------------------------------
 
 
+def test_a_moment_of_part_of_a_joint_group_is_projected(x64):
+    """The leaves' groups are laid out differently, and the momentum is of the second leaf."""
+    params = {"a": normal(0, (2, 3, 4, 5)), "b": normal(1, (6, 4, 3))}
+    groups = {
+        "a": so.RadialGroup((0, 1, 2), joint="label"),
+        "b": so.RadialGroup((0, 1), joint="label"),
+    }
+    inner = optax.masked(optax.trace(0.9), {"a": False, "b": True})
+    tx = so.project_if_tangent(inner, groups, delta=1e3, first_moments=("trace",))
+    grads = {"a": normal(2, (2, 3, 4, 5)), "b": normal(3, (6, 4, 3))}
+    _, state = tx.update(grads, tx.init(params), params)
+    expected = geometry.project(grads["b"], params["b"], so.RadialGroup((0, 1)))
+    np.testing.assert_allclose(optax.tree.get(state, "trace")["b"], expected, rtol=1e-12)
+
+
 def test_layers_stacked_by_scan_decide_each_for_itself(x64):
     """One layer has tangent gradients and the other not; stacked, as apart."""
     layers = [normal(0, (5, 3)), normal(1, (5, 3))]

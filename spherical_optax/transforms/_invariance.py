@@ -11,6 +11,7 @@ from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax._sums import inners
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.sharding import laid_out
 from spherical_optax.transforms._transport import (
     Names,
     check_moments,
@@ -118,15 +119,17 @@ def project_if_tangent(
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
             near_group = jnp.all(near, axis=-1, keepdims=True) if indexed else near
-            sums = (_over_layer(each, indexed) for each in (gx, gg, xx))
-            near_layer = _cosine(*sums) < delta / math.sqrt(group_size(layer, x))
+            whole = (_over_layer(each, indexed) for each in (gx, gg, xx))
+            near_layer = _cosine(*whole) < delta / math.sqrt(group_size(layer, x))
             decay = weight_decay * jnp.where(near_group | near_layer, wd_ratio, 1)
             off = _radial(px, xx, near_group, near_layer, indexed)
             _subtract(p, {i: i for i in unit}, off - decay, x, unit)
+            like = jax.typeof(xx)
             for place, part in fields_of(unit, fields, kept):
                 v = {i: kept[place[i]] for i in part}
-                vx, xx = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
-                off = _radial(vx, xx, near_group, near_layer, indexed)
+                sums = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
+                vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
+                off = _radial(vx, of_part, near_group, near_layer, indexed)
                 _subtract(kept, place, off, x, part)
         for i in elsewhere(units, p):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
