@@ -20,6 +20,7 @@ from flax.core import FrozenDict
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import tangent
+from test_unit_sphere import PAIRS
 
 import spherical_optax as so
 from spherical_optax import geometry
@@ -297,19 +298,6 @@ def test_retract_lands_on_the_radius(case, method):
 
 
 # --- transforms -------------------------------------------------------------------------
-
-PAIRS = {
-    "scale_by_adamsrt": (
-        lambda groups: so.scale_by_adamsrt(0.8, 0.9, 1e-3, groups=groups),
-        lambda groups: so.transport_moments(
-            so.scale_by_adams(0.8, 0.9, 1e-3, groups=groups), groups
-        ),
-    ),
-    "transported_trace": (
-        lambda groups: so.transported_trace(0.8, groups=groups),
-        lambda groups: so.transport_moments(optax.trace(0.8), groups),
-    ),
-}
 
 
 @fuzz(12)

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import spherical_optax as so
 
 DEVICES = 8
+NEW_FLAX = jax.__version_info__ >= (0, 10)
 FLAG = f"--xla_force_host_platform_device_count={DEVICES}"
 here = pytest.mark.skipif(jax.device_count() != DEVICES, reason="runs in the second session")
 
@@ -35,7 +36,9 @@ def test_in_a_session_with_eight_devices():
         environment.pop(name, None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"^[5-9]\d passed", result.stdout, re.MULTILINE), result.stdout
+    skipped = 1 if NEW_FLAX else 3
+    expected = rf"^\d\d+ passed, {skipped} skipped"
+    assert re.search(expected, result.stdout, re.MULTILINE), result.stdout
 
 
 GROUPS = so.groups_by_path(
@@ -291,7 +294,7 @@ def test_nnx_optimizer_on_kernels_with_sharding_metadata():
 
 @here
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="Flax of then refuses explicit axes")
+@pytest.mark.skipif(not NEW_FLAX, reason="Flax of then refuses explicit axes")
 def test_state_sharding_of_an_nnx_state(axis_type):
     """Given as Flax tells it, or as a dictionary with the same keys."""
     mesh = mesh_of(axis_type)

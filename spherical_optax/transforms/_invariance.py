@@ -113,23 +113,23 @@ def project_if_tangent(
         fields, _ = find_moments(inner_state, params, names)
         units = present(radial_units(groups, params), g, updates)
         for unit in units:
-            indexed = bool(next(iter(unit.values())).index_axes)
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
-            xx, gx, gg, px = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)
+            sums = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)
+            xx, gx, gg, px = map(jnp.atleast_1d, sums)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
-            near_group = jnp.all(near, axis=-1, keepdims=True) if indexed else near
-            whole = (_over_layer(each, indexed) for each in (gx, gg, xx))
+            near_group = jnp.all(near, axis=-1, keepdims=True)
+            whole = (each.sum(-1, keepdims=True) for each in (gx, gg, xx))
             near_layer = _cosine(*whole) < delta / math.sqrt(group_size(layer, x))
             decay = weight_decay * jnp.where(near_group | near_layer, wd_ratio, 1)
-            off = _radial(px, xx, near_group, near_layer, indexed)
+            off = _radial(px, xx, near_group, near_layer)
             _subtract(p, {i: i for i in unit}, off - decay, x, unit)
             like = jax.typeof(xx)
             for place, part in fields_of(unit, fields, kept):
                 v = {i: kept[place[i]] for i in part}
                 sums = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
                 vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
-                off = _radial(vx, of_part, near_group, near_layer, indexed)
+                off = _radial(vx, of_part, near_group, near_layer)
                 _subtract(kept, place, off, x, part)
         for i in elsewhere(units, p):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
@@ -158,21 +158,16 @@ def _check_layers(units: list[Unit], params: Any) -> None:
             )
 
 
-def _over_layer(values: jax.Array, indexed: bool) -> jax.Array:
-    """Sums over the groups of each layer, laid out to broadcast against the groups."""
-    return values.sum(-1, keepdims=True) if indexed else values
-
-
 def _cosine(gx: jax.Array, gg: jax.Array, xx: jax.Array) -> jax.Array:
     """|cos(g, x)|, 0 where either is zero."""
     return jnp.abs(geometry.safe_divide(gx, geometry.safe_sqrt(gg) * geometry.safe_sqrt(xx)))
 
 
 def _radial(
-    vx: jax.Array, xx: jax.Array, near_group: jax.Array, near_layer: jax.Array, indexed: bool
+    vx: jax.Array, xx: jax.Array, near_group: jax.Array, near_layer: jax.Array
 ) -> jax.Array:
     """The coefficient of x in the part that is projected off v, one per group."""
-    whole = geometry.safe_divide(_over_layer(vx, indexed), _over_layer(xx, indexed))
+    whole = geometry.safe_divide(vx.sum(-1, keepdims=True), xx.sum(-1, keepdims=True))
     return jnp.where(near_group, geometry.safe_divide(vx, xx), jnp.where(near_layer, whole, 0))
 
 
