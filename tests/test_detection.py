@@ -1,5 +1,6 @@
 """Every leaf of the usual architectures, right; and bad input, clear."""
 
+import contextlib
 import functools
 import itertools
 
@@ -161,6 +162,84 @@ class Transformer(nn.Module):
         return nn.Dense(3, name="head")(nn.LayerNorm()(x))
 
 
+class Ladder(nn.Module):
+    """Nothing normalizes the main path; the branches start with a norm and have one inside."""
+
+    depth: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="stem")(x)
+        for level in range(self.depth):
+            y = nn.Dense(8, name=f"in{level}")(nn.LayerNorm()(x))
+            x = x + nn.Dense(8, name=f"out{level}")(nn.silu(nn.LayerNorm()(y)))
+            x = nn.tanh(nn.Dense(8, name=f"down{level}")(x))
+        return nn.Dense(3, name="head")(x)
+
+
+class Residual(nn.Module):
+    """The block of diffusion models, or of autoencoders where there is no time."""
+
+    channels: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, time=None):
+        y = nn.silu(nn.GroupNorm(2, name="norm0")(x))
+        y = nn.Conv(self.channels, (3, 3), use_bias=self.bias, name="conv0")(y)
+        if time is not None:
+            y = y + nn.Dense(self.channels, name="time")(nn.silu(time))[:, None, None]
+        y = nn.silu(nn.GroupNorm(2, name="norm1")(y))
+        return x + nn.Conv(x.shape[-1], (3, 3), use_bias=self.bias, name="conv1")(y)
+
+
+class Diffusion(nn.Module):
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        time = nn.Dense(6, name="time")(x[:, 0, 0])
+        x = nn.Conv(4, (3, 3), name="stem")(x)
+        for block in range(2):
+            x = nn.tanh(Residual(4, self.bias, name=f"block{block}")(x, time))
+        return nn.Conv(3, (1, 1), name="head")(x)
+
+
+class Autoencoder(nn.Module):
+    """GroupNorm in the branches only; four levels down and up."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="stem")(x)
+        for level in range(4):
+            x = Residual(4, name=f"encode{level}")(x)
+            x = nn.Conv(4, (2, 2), strides=2 if level < 2 else 1, name=f"down{level}")(x)
+        for level in range(4):
+            x = Residual(4, name=f"decode{level}")(x)
+            x = nn.Conv(4, (3, 3), name=f"up{level}")(jnp.repeat(x, 1 + level // 2, axis=1))
+        return nn.Conv(3, (1, 1), name="head")(nn.tanh(x))
+
+
+class PreNorm(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(20, self.width, name="embed")(tokens)
+        for block in range(2):
+            y = nn.Dense(16, name=f"up{block}")(nn.RMSNorm()(x))
+            x = x + nn.Dense(self.width, name=f"down{block}")(nn.gelu(y))
+        return nn.Dense(5, name="head")(nn.RMSNorm()(x))
+
+
+class Critic(nn.Module):
+    """Weight normalization of the head, a kernel with one output."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.WeightNorm(nn.Dense(1, name="v"))(nn.tanh(nn.Dense(8, name="fc")(x)))
+
+
 class Nnx(nnx.Module):
     def __init__(self, rngs):
         self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
@@ -173,8 +252,8 @@ class Nnx(nnx.Module):
         return self.layers[1](nnx.relu(self.layer_norm(self.layers[0](x))))
 
 
-def batch_norm(x):
-    return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)
+def batch_norm(x, epsilon=1e-5):
+    return (x - x.mean(0)) / jnp.sqrt(x.var(0) + epsilon)
 
 
 def rms_norm(x):
@@ -209,6 +288,14 @@ def experts(params, x):
 
 def residual(params, x):
     return batch_norm(x + x @ params["kernel"])
+
+
+def keras_like(params, x):
+    """A list of arrays: kernel, scale and shift of BatchNorm, and a head."""
+    kernel, scale, shift, hidden, bias, norm, head = params
+    x = jax.nn.relu(batch_norm(x @ kernel, 1e-3) * scale + shift)
+    x = jax.nn.relu(rms_norm(x @ hidden + bias) * norm)
+    return x @ head
 
 
 JOINT_BLOCKS = so.per_channel_block(4, joint="*")
@@ -353,6 +440,56 @@ MODELS = {
             "BatchNorm_0/bias": JOINT_LAYER,
         },
     ),
+    **{
+        f"ladder of {depth}": (
+            functools.partial(lambda depth: linen(Ladder(depth), VECTORS), depth),
+            {f"in{i}/{leaf}": JOINT_LAYER for i in range(depth) for leaf in ("kernel", "bias")},
+        )
+        for depth in (3, 4, 10)
+    },
+    **{
+        f"pre-norm transformer of width {width}": (
+            functools.partial(lambda width: linen(PreNorm(width), TOKENS), width),
+            {},
+        )
+        for width in (64, 2048)
+    },
+    "diffusion block": (
+        lambda: linen(Diffusion(bias=True), IMAGES),
+        {
+            f"block{block}/{name}/{leaf}": so.per_channel_block(2, joint="*")
+            for block in (0, 1)
+            for name in ("conv0", "time")
+            for leaf in ("kernel", "bias")
+        },
+    ),
+    "diffusion block, one bias": (
+        lambda: linen(Diffusion(bias=False), IMAGES),
+        {
+            f"block{block}/{name}": so.per_channel_block(2, joint="*")
+            for block in (0, 1)
+            for name in ("conv0/kernel", "time/kernel", "time/bias")
+        },
+    ),
+    "autoencoder of four levels": (
+        lambda: linen(Autoencoder(), IMAGES),
+        {
+            f"{name}{level}/conv0/{leaf}": so.per_channel_block(2, joint="*")
+            for name in ("encode", "decode")
+            for level in range(4)
+            for leaf in ("kernel", "bias")
+        },
+    ),
+    "kernel with one output": (lambda: linen(Critic(), VECTORS), {"v/kernel": LAYER}),
+    "list of arrays, as Keras has": (
+        lambda: (
+            keras_like,
+            [jnp.zeros(s) for s in ((6, 8), (8,), (8,), (8, 12), (12,), (12,), (12, 3))],
+            VECTORS,
+            {},
+        ),
+        {"0": FILTER, "3": JOINT_LAYER, "4": JOINT_LAYER},
+    ),
     "NNX": (
         lambda: nnx_model(Nnx(nnx.Rngs(0)), IMAGES),
         {"conv/kernel": FILTER, "layers/0/kernel": JOINT_LAYER, "layers/0/bias": JOINT_LAYER},
@@ -391,9 +528,16 @@ def without_labels(groups, params):
     return plain, list(joint.values())
 
 
+def quiet(warned):
+    """Warns of having found nothing exactly where it should."""
+    return pytest.warns(UserWarning, match="no group is") if warned else contextlib.nullcontext()
+
+
 @pytest.mark.filterwarnings("ignore:scatter inputs")  # NNX's statistics stay float32
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in MODELS] + [("ConvNeXt", "float64"), ("NNX", "float64")],
+)
 def test_every_leaf_is_right(name, dtype):
     with precision(dtype):
         make, expected = MODELS[name]
@@ -401,16 +545,16 @@ def test_every_leaf_is_right(name, dtype):
         if dtype == "float64":
             cast = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
             params, x = jax.tree.map(cast, (params, x))
-        found = so.find_radial_groups(fn, params, x, explain=True, **kwargs)
+        with quiet(not expected):
+            found = so.find_radial_groups(fn, params, x, explain=True, **kwargs)
         groups, joint = without_labels(found, params)
         assert groups == expected
-        assert all(len({path.rsplit("/", 1)[0] for path in paths}) == 1 for paths in joint)
-        # The gap is orders of magnitude; epsilon, not rounding, makes float64 no better.
-        assert found.invariant_up_to < 3e-3
+        blocks = 2 if "diffusion" in name else 1
+        assert all(len({(*path.split("/")[:-blocks],) for path in paths}) == 1 for paths in joint)
+        # The gap is orders of magnitude.
+        assert found.invariant_up_to < (3e-4 if dtype == "float32" else 1e-5)
         assert found.others_from > 0.03
-        overflowed = name == "deep without a norm" and dtype == "float32"
-        assert found.forward_passes == (27 if overflowed else 15)
-        so.check_radial_groups(fn, params, found, x)
+        assert found.forward_passes <= 27
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -477,14 +621,14 @@ def test_table_of_the_evidence():
     assert "invariant" in rows["conv0/kernel"]
     assert "axis 3 " in rows["conv0/kernel"]
     assert "not invariant" in rows["head/kernel"]
-    assert "15 forward passes" in table[-1]
+    assert "24 forward passes" in table[-1]
 
 
 def test_unclear_leaves_are_named_and_get_no_group():
     """A small part of the input beside the kernel's: nearly invariant, and not quite."""
 
     def fn(params, x):
-        return rms_norm(x @ params["kernel"] + 0.03 * x)
+        return rms_norm(x @ params["kernel"] + 3e-4 * x)
 
     with pytest.warns(UserWarning, match=r"found ones between for \['kernel \(whole .*no group"):
         groups = so.find_radial_groups(fn, zeros(kernel=(6, 6)), VECTORS)

@@ -1,0 +1,346 @@
+"""The experiment: random functions of the outputs, and their gradients at several points.
+
+With g the gradient at a point x and p = g x, entry by entry, a group is invariant where
+its p sum to zero. How far they are from it does not depend on how much a group matters:
+
+    deviation = |sums of p over the groups| / |p|
+
+is of order 1 where entries have no reason to cancel, and rounding where they must. One
+point does not tell: where a layer's output is added to one that is far larger or smaller,
+it seems invariant. So there are several: near the parameters given, at random ones whose
+signals are of size one, and at both with what seems invariant made larger, or smaller:
+where it is invariant, nothing changes; where it only seemed so, it does not seem so any more.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from spherical_optax import _trees, geometry
+from spherical_optax.detection import _program
+from spherical_optax.groups import RadialGroup
+
+Unit = dict[int, RadialGroup]
+Progress = Callable[[str], Any]
+
+NOISE = 0.3  # relative change of p under jitter, which only rounding has in most networks
+SMALL = 1e-4  # size of p relative to the module's, which only rounding has beside it
+
+
+class Thresholds(NamedTuple):
+    """What deviations say."""
+
+    invariant: float  # up to this the groups are
+    varying: float  # from this on they are not; between, it is not clear
+
+
+class Point(NamedTuple):
+    """Where the gradient was taken, and what it was."""
+
+    draw: Callable[[], list[np.ndarray]]  # the floating leaves
+    outputs: list[np.ndarray]
+    products: dict[int, np.ndarray]  # p = g x of the floating leaves, by number
+
+
+class Experiment:
+    """Products at several points, and their sums, each computed once.
+
+    Attributes:
+      leaves: All leaves of the parameters.
+      floating: The numbers of those that are floating arrays.
+      points: Where gradients were taken.
+      noise: How much p of each leaf changes where the parameters change in their last place.
+      unrest: How much the outputs do.
+      thresholds: What deviations say.
+      sums: What the program adds to what, in numbers of floating leaves.
+      forward_passes: What it cost, a gradient counted as three forward passes.
+    """
+
+    def __init__(self, who: str, fn: Callable[..., Any], params: Any, args: Sequence[Any],
+                 progress: Progress) -> None:  # fmt: skip
+        self.leaves = _trees.visible_leaves(params)
+        values, treedef = _trees.flatten(params)
+        self.floating = [i for i, value in enumerate(values) if is_floating(value)]
+        if not self.floating:
+            found = [
+                (leaf.path, str(getattr(leaf.value, "dtype", leaf.value))) for leaf in self.leaves
+            ]
+            raise ValueError(f"{who}: expected parameters with floating leaves, found {found}.")
+        rng = np.random.default_rng(0)
+        args = jax.tree.map(lambda arg: _generic_input(arg, rng), tuple(args))
+        values = [_concrete(value) for value in values]
+
+        def forward(point: list[Any]) -> list[jax.Array]:
+            varied = dict(zip(self.floating, point, strict=True))
+            everything = [varied.get(i, value) for i, value in enumerate(values)]
+            # The identity map makes NNX variables among the arguments anew, free to be mutated.
+            fresh = jax.tree.map(lambda a: a, args)
+            outputs = jax.tree.leaves(fn(treedef.unflatten(everything), *fresh))
+            return [output for output in outputs if is_floating(output)]
+
+        given = [values[i] for i in self.floating]
+        shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in given]
+        progress("tracing the forward pass")
+        program = _program.trace(who, forward, shapes, len(args))
+        self.sums = _program.sums(program)
+        self._evaluate = _evaluation(_program.without_epsilon(program))
+        coarsest = max(float(jnp.finfo(value.dtype).eps) for value in given)
+        self.thresholds = Thresholds(max(2e-3, 4 * coarsest), max(1e-2, 12 * coarsest))
+        self.forward_passes = 0
+        self.points: list[Point] = []
+        self._sums: dict[Any, np.ndarray] = {}
+        known = all(_is_known(value) for value in given)
+        for near in (known, False):
+            number = len(self.points)
+            progress(f"gradient at point {number + 1} of {POINTS}")
+            self._look(
+                functools.partial(_drawn, given, number, near, shrink)
+                for shrink in (1.0, 0.5, 0.25, 0.0625)
+            )
+        if len(self.points) < 2:
+            raise ValueError(
+                f"{who}: expected finite outputs of fn, found NaN or infinity in them or in their "
+                "gradients, at random parameters."
+            )
+        progress("the gradient again, for rounding")
+        first = self.points[0]
+        outputs, again = self.at(_jittered(first.draw()), 0)
+        self.noise = {i: _relative(p, again[i]) for i, p in first.products.items()}
+        self.unrest = max(map(_relative, first.outputs, outputs), default=0.0)
+
+    def look_at_scales(self, numbers: set[int], progress: Progress) -> None:
+        """Adds points at which these leaves are larger, and smaller."""
+
+        def scaled(number: int, factor: float) -> list[np.ndarray]:
+            point = zip(self.floating, self.points[number].draw(), strict=True)
+            return [
+                (x * np.float32(factor)).astype(x.dtype, copy=False) if i in numbers else x
+                for i, x in point
+            ]
+
+        for number, factors in enumerate(((64.0, 8.0, 2.0), (1 / 8,))):
+            progress(f"gradient at point {len(self.points) + 1} of {POINTS}")
+            self._look(functools.partial(scaled, number, factor) for factor in factors)
+
+    def _look(self, draws: Iterable[Callable[[], list[np.ndarray]]]) -> None:
+        """Adds a point: the first of these at which nothing overflows, if there is one."""
+        for draw in draws:
+            outputs, products = self.at(draw(), len(self.points))
+            if all(np.isfinite(each).all() for each in (*outputs, *products.values())):
+                self.points.append(Point(draw, outputs, products))
+                return
+
+    def at(self, point: list[np.ndarray], number: int = 0) -> tuple[list[np.ndarray], Any]:
+        """Outputs and products at a point, for a random function of the outputs."""
+        self.forward_passes += 3
+        outputs, products = self._evaluate(point, jax.random.key(number))
+        return (
+            [np.asarray(output, np.float64) for output in outputs],
+            {i: np.asarray(p) for i, p in zip(self.floating, products, strict=True)},
+        )
+
+    def shape(self, i: int) -> tuple[int, ...]:
+        """A leaf's shape."""
+        return tuple(self.leaves[i].value.shape)
+
+    def has_effect(self, i: int, others: Iterable[int]) -> bool:
+        """Whether the outputs depend on a leaf: what rounding leaves is small and restless."""
+        if not any(point.products[i].any() for point in self.points):
+            return False
+        largest = max((self.squares(0, j) for j in others), default=0.0)
+        return self.noise[i] < NOISE or self.squares(0, i) > SMALL**2 * largest
+
+    def sums_over(self, number: int, i: int, axes: tuple[int, ...]) -> np.ndarray:
+        """The sums of a leaf's p at a point over all axes but these."""
+        key = number, i, axes
+        if key not in self._sums:
+            p = self.points[number].products[i]
+            others = tuple(axis for axis in range(p.ndim) if axis not in axes)
+            self._sums[key] = p.sum(axis=others, dtype=np.float64)
+        return self._sums[key]
+
+    def squares(self, number: int, i: int) -> float:
+        """The sum of a leaf's p^2 at a point."""
+        key = number, i, "squares"
+        if key not in self._sums:
+            p = self.points[number].products[i]
+            self._sums[key] = np.vdot(p, p)
+        return float(self._sums[key])
+
+    def deviation(self, unit: Unit) -> float:
+        """The largest deviation over the points."""
+        return max(self._deviation(number, unit) for number in range(len(self.points)))
+
+    def _deviation(self, number: int, unit: Unit) -> float:
+        total: Any = 0.0
+        for i, group in unit.items():
+            axes = group.axes(self.points[number].products[i].ndim)
+            sums = self.sums_over(number, i, axes)
+            if group.num_blocks is not None:
+                sums = sums.reshape(*sums.shape[:-1], group.num_blocks, -1).sum(-1)
+            total = total + sums.ravel()
+        square = sum(self.squares(number, i) for i in unit)
+        return float(np.linalg.norm(total)) / math.sqrt(square) if square > 0 else 0.0
+
+    def change(self, number: int, units: Iterable[Unit], still: Iterable[int] = ()) -> float:
+        """How much the outputs at a point change where groups are scaled by random factors.
+
+        Args:
+          number: The point's.
+          units: Those whose groups are scaled, by powers of two, which round nothing.
+          still: Leaves whose entries are scaled, each by a factor of its own.
+        """
+        rng = np.random.default_rng(number)
+        point = dict(zip(self.floating, self.points[number].draw(), strict=True))
+        for unit in units:
+            first = next(iter(unit))
+            count = math.prod(unit[first].shape(point[first].shape))
+            factors = np.resize(2.0 ** rng.permutation([-2, -1, 1, 2]), count)
+            for i, group in unit.items():
+                point[i] = (point[i] * _spread(factors, point[i].shape, group)).astype(
+                    point[i].dtype
+                )
+        for i in still:
+            factors = rng.uniform(0.5, 2, point[i].shape)
+            point[i] = (point[i] * factors).astype(point[i].dtype)
+        outputs, _ = self.at([point[i] for i in self.floating], number)
+        pairs = zip(self.points[number].outputs, outputs, strict=True)
+        return max((_relative(a, b) for a, b in pairs), default=0.0)
+
+
+def _spread(values: np.ndarray, shape: tuple[int, ...], group: RadialGroup) -> np.ndarray:
+    """Per-group values, laid out to broadcast against an array."""
+    axes = group.axes(len(shape))
+    values = values.reshape(group.shape(shape))
+    if group.num_blocks is not None:
+        values = np.repeat(values, shape[axes[-1]] // group.num_blocks, axis=-1)
+    return np.expand_dims(values, tuple(axis for axis in range(len(shape)) if axis not in axes))
+
+
+def _evaluation(program: core.ClosedJaxpr) -> Callable[..., Any]:
+    forward = core.jaxpr_as_fun(program)
+
+    @jax.jit
+    def evaluate(point: list[jax.Array], key: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        def random_function(point: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+            outputs = forward(*point)
+            total = jnp.zeros(())
+            for number, output in enumerate(outputs):
+                wide = geometry.wide(output)
+                size = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), initial=0))
+                weights = jax.random.normal(jax.random.fold_in(key, number), wide.shape, wide.dtype)
+                total = total + jnp.sum(weights * wide) / jnp.where(size == 0, 1, size)
+            return total, outputs
+
+        (_, outputs), grads = jax.value_and_grad(random_function, has_aux=True)(point)
+        products = [geometry.wide(g) * geometry.wide(x) for g, x in zip(grads, point, strict=True)]
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(p), initial=0) for p in products]))
+        return outputs, [p / jnp.where(largest == 0, 1, largest) for p in products]
+
+    return evaluate
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a leaf is an array of real floating numbers, or stands for one."""
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def is_vector(shape: tuple[int, ...], others: Iterable[tuple[int, ...]] = ()) -> bool:
+    """Whether a leaf is a bias or a scale, and not a kernel.
+
+    `(n, 1)` is a kernel of one output, unless its module has a kernel of more axes, whose
+    bias it then is, as in Equinox's convolutions.
+    """
+    if len(shape) < 2:
+        return True
+    if sum(size > 1 for size in shape) > 1:
+        return False
+    return len(shape) > 2 or any(len(other) > 2 and not is_vector(other) for other in others)
+
+
+# --- the points -------------------------------------------------------------------------
+
+POINTS = 4
+PERIOD = 1_000_003  # of random numbers, repeated in longer leaves; a prime, so that rows differ
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, jax.ShapeDtypeStruct) and bool(
+        np.isfinite(np.asarray(value, np.float32)).all()
+    )
+
+
+def _drawn(given: list[Any], number: int, near: bool, shrink: float) -> list[np.ndarray]:
+    """The leaves at a point: near their values, or random; no entry zero.
+
+    A random kernel multiplies the size of its input by about one. A vector keeps its signs:
+    it may be the argument of a root or a logarithm. What is zero, as biases are, stays
+    smaller than one, for fewer dead units.
+    """
+    rng = np.random.default_rng(number)
+
+    def drawn(value: Any) -> np.ndarray:
+        shape = tuple(value.shape)
+        known = not isinstance(value, jax.ShapeDtypeStruct)
+        x: Any = np.asarray(value, np.float32) if known else np.zeros((), np.float32)
+        if is_vector(shape):
+            sign = rng.choice([-1.0, 1.0], size=shape)
+            base = np.where(x == 0, 0.4 * sign, x if near else np.sign(x))
+            return (base * rng.uniform(0.75, 1.5, shape)).astype(value.dtype)
+        noise = _noise(shape, rng)
+        scale = math.sqrt(np.mean(x**2)) if near and x.size else 0.0
+        if scale > 0:
+            x = x + np.float32(scale) * noise
+        else:
+            outputs = max(shape) if sum(size > 1 for size in shape) > 1 else 1
+            scale = math.sqrt(12 * outputs / max(math.prod(shape), 1))
+            x = np.float32(scale * shrink) * noise
+        return x.astype(value.dtype, copy=False)
+
+    return [drawn(value) for value in given]
+
+
+def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Uniform numbers from -1/2 to 1/2."""
+    size = math.prod(shape)
+    return np.resize(rng.random(min(size, PERIOD), np.float32) - np.float32(0.5), shape)
+
+
+def _jittered(point: list[np.ndarray]) -> list[np.ndarray]:
+    """The point, with a change in the last place of every entry."""
+    rng = np.random.default_rng(0)
+
+    def jittered(x: np.ndarray) -> np.ndarray:
+        wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.float32
+        noise = 2 * float(jnp.finfo(x.dtype).eps) * _noise(x.shape, rng).astype(wide, copy=False)
+        return (x.astype(wide, copy=False) * (1 + noise)).astype(x.dtype, copy=False)
+
+    return [jittered(x) for x in point]
+
+
+def _concrete(value: Any) -> Any:
+    """Zeros for what stands for integers: their values are fixed."""
+    if isinstance(value, jax.ShapeDtypeStruct) and not is_floating(value):
+        return jnp.zeros(value.shape, value.dtype)
+    return value
+
+
+def _generic_input(arg: Any, rng: np.random.Generator) -> Any:
+    """The input itself, or random numbers for a constant array of two or more axes."""
+    if not (isinstance(arg, jax.Array | np.ndarray) and is_floating(arg) and arg.ndim > 1):
+        return arg
+    if isinstance(arg, jax.core.Tracer) or arg.size < 2 or not bool((arg == arg.ravel()[0]).all()):
+        return arg
+    return jnp.asarray(rng.standard_normal(arg.shape), arg.dtype)
+
+
+def _relative(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / |a|, 0 where both are zero."""
+    size, change = float(np.linalg.norm(a)), float(np.linalg.norm(a - b))
+    return change / size if size else float(change > 0)

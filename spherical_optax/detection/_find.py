@@ -1,0 +1,333 @@
+"""Radial groups found by experiment, and masks checked by it.
+
+A group is radially invariant exactly when, at every point, the gradient of every
+function of the network's outputs is orthogonal to it: d/da f(a x) = <grad f, x> = 0. So
+at a random point, for a random function of the outputs, one gradient decides for all
+leaves and all partitions at once. What is found is then confirmed by what it claims: all
+groups are scaled by random factors, and the outputs must stay.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from spherical_optax import _trees
+from spherical_optax.detection._experiment import Experiment, Progress, Unit
+from spherical_optax.detection._search import NO_EFFECT, Found, search
+from spherical_optax.groups import (
+    Finding,
+    FoundGroups,
+    Groups,
+    RadialGroup,
+    group_size,
+    radial_units,
+)
+
+SEEMING = 0.1  # deviation from which on a leaf need not be looked at again
+CHANGED = 1e-2  # relative change of the outputs
+
+CAUSES = (
+    "Usual causes: BatchNorm in evaluation mode (its running statistics do not follow the weights; "
+    "use training mode); fn returns updated statistics beside the outputs, or a loss with L2 "
+    "regularisation; inputs of one pixel, or a batch of one or two; no normalization layer follows "
+    "directly."
+)
+
+
+def find_radial_groups(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    explain: bool = False,
+    vectors: bool = False,
+    progress: Callable[[str], Any] | None = None,
+) -> Any:
+    """Finds which parameters are radially invariant, and their finest groups.
+
+    Invariance is a property of the architecture, so it is asked for at several points: near
+    the parameters given, and at random ones, some of whose layers are larger and some
+    smaller. A group is one that is invariant at all of them; where the evidence is weak,
+    there is none, and a warning. A normalization layer's epsilon, which disturbs invariance
+    as much as the variance is small, is made smaller in the traced program; so a group found
+    may in truth change the outputs where epsilon outweighs the variance.
+
+    For each leaf the finest invariant partition wins: index axes, several together,
+    contiguous blocks of an axis (GroupNorm), the whole array; where a leaf is not invariant
+    alone, then jointly with others of its module, or of modules beside it (a convolution
+    and a time projection that are added before a norm).
+
+    Args:
+      fn: The forward pass, called as `fn(params, *args)`: a pure function that returns the
+        network's outputs, in any pytree. BatchNorm must be in *training* mode and its
+        updated statistics left out of the outputs: with running statistics the filters'
+        lengths do matter. Dropout must be off, or its key fixed.
+      params: The parameters; `jax.ShapeDtypeStruct` leaves will do, but the values of a
+        trained or freshly initialised network are one more point to look at.
+      *args: Whatever else `fn` takes; a small batch is enough. A floating array of two or
+        more axes that is constant, as in `jnp.ones((1, 28, 28, 1))`, is replaced by random
+        numbers: statistics of a constant batch hide what the weights do. So do those of
+        one or two samples, and one-hot rows make each row of a kernel a group of its own.
+      explain: Whether to return `FoundGroups`, with the evidence for each leaf.
+      vectors: Whether to report one-dimensional leaves without a kernel too: under ReLU a
+        normalization layer's own scale and bias are often jointly invariant.
+      progress: Called with a line of text as the search goes on, such as `print`.
+
+    Returns:
+      A tree like `params` of `RadialGroup` and `None`, or with `explain` a `FoundGroups`.
+      Either is accepted wherever `groups` is.
+
+    Raises:
+      TypeError: If `fn` cannot be called with these arguments.
+      ValueError: If there is no floating leaf, or `fn` returns nothing, returns NaN, or is
+        not deterministic.
+
+    Warns:
+      UserWarning: If no group is found, or most kernels have no effect on the outputs, with
+        the usual causes; and names leaves whose deviation is neither small nor large, or
+        whose scaling changes the outputs: they get no group.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> def fn(params, x):
+      ...     x = x @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+      ...     x = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5)  # BatchNorm
+      ...     return jax.nn.relu(x) @ params["head"]
+      >>> params = {"hidden": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)},
+      ...           "head": jnp.zeros((8, 3))}
+      >>> groups = so.find_radial_groups(fn, params, jnp.eye(4))
+      >>> print(so.describe_groups(params, groups))
+      path           shape   groups  entries per group  label
+      head           (8, 3)  -       -                  -
+      hidden/bias    (8,)    -       -                  -
+      hidden/kernel  (4, 8)  8       4                  -
+
+    References:
+      Roburin et al., Neurocomputing 2022, section 2 (radial invariance).
+    """
+    say = _spoken("find_radial_groups", progress)
+    experiment, found = _searched("find_radial_groups", fn, params, args, vectors, say)
+    units, dropped = _confirm(experiment, found, say)
+    for line in _doubts(experiment, found, units, dropped):
+        warnings.warn(f"find_radial_groups: {line}", UserWarning, stacklevel=2)
+    groups = _tree_of(params, {i: group for unit in units for i, group in unit.items()})
+    if not explain:
+        return groups
+    limit = 3 * experiment.thresholds.invariant
+    rejected = [deviation for tried in found.tried.values() for _, deviation in tried]
+    return FoundGroups(
+        groups=groups,
+        findings=tuple(
+            Finding(
+                leaf.path,
+                tuple(found.tried.get(i, ())),
+                found.verdicts.get(i, "not floating"),
+            )
+            for i, leaf in enumerate(experiment.leaves)
+        ),
+        invariant_up_to=max((experiment.deviation(unit) for unit in units), default=0.0),
+        others_from=min((each for each in rejected if each > limit), default=math.inf),
+        forward_passes=experiment.forward_passes,
+    )
+
+
+def check_radial_groups(fn: Callable[..., Any], params: Any, groups: Groups, *args: Any) -> None:
+    """Checks a mask by experiment: every group invariant, and none coarser than it could be.
+
+    Args:
+      fn: The forward pass, as in `find_radial_groups`.
+      params: The parameters.
+      groups: See the module `spherical_optax.groups`.
+      *args: Whatever else `fn` takes.
+
+    Raises:
+      TypeError: If `fn` cannot be called with these arguments.
+      ValueError: If a group is wrong; the message lists all leaves with their shapes, what
+        was measured and what was found instead.
+
+    Warns:
+      UserWarning: Names kernels without a group that are invariant.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> def fn(params, x):
+      ...     x = x @ params["kernel"]
+      ...     return x / jnp.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6)  # RMSNorm
+      >>> params, x = {"kernel": jnp.ones((4, 8))}, jax.random.normal(jax.random.key(0), (6, 4))
+      >>> so.check_radial_groups(fn, params, {"kernel": so.per_layer()}, x)
+      >>> so.check_radial_groups(fn, params, {"kernel": so.per_filter()}, x)
+      Traceback (most recent call last):
+          ...
+      ValueError: check_radial_groups: 1 of 1 groups:
+      kernel of shape (4, 8): expected an invariant group, found a deviation of 1 for \
+RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
+    """
+    who = "check_radial_groups"
+    given = radial_units(groups, params)
+    say = _spoken(who, None)
+    experiment, found = _searched(who, fn, params, args, True, say)
+    units, _ = _confirm(experiment, found, say)
+    better_of = {i: unit for unit in units for i in unit}
+    shapes = {i: leaf.value for i, leaf in enumerate(experiment.leaves) if leaf.value is not None}
+    wrong, failed = [], 0
+    for unit in given:
+        i = next(iter(unit))
+        better = better_of.get(i)
+        instead = "no group found is" if better is None else f"invariant is {_say(better[i])}"
+        deviation = experiment.deviation(unit)
+        where = ", ".join(
+            f"{experiment.leaves[j].path} of shape {tuple(shapes[j].shape)}" for j in unit
+        )
+        if all(found.verdicts.get(j) == NO_EFFECT for j in unit):
+            wrong.append(f"{where}: expected an invariant group, found no effect on the outputs.")
+        elif deviation > experiment.thresholds.invariant:
+            failed += 1
+            wrong.append(
+                f"{where}: expected an invariant group, found a deviation of {deviation:.1g} for "
+                f"{_say(unit[i])}; {instead}."
+            )
+        elif better is not None and group_size(better, shapes) < group_size(unit, shapes):
+            wrong.append(
+                f"{where}: expected the finest invariant groups, found {_say(unit[i])}; finer and "
+                f"invariant is {_say(better[i])}."
+            )
+    if wrong:
+        hint = f"\nNone is invariant. {CAUSES}" if failed == len(given) and not units else ""
+        raise ValueError(f"{who}: {len(wrong)} of {len(given)} groups:\n" + "\n".join(wrong) + hint)
+    grouped = {i for unit in given for i in unit}
+    plain = search(experiment, False, say).units
+    left = [unit for unit in plain if not grouped & set(unit)]
+    if left:
+        lines = [
+            f"{experiment.leaves[i].path} ({_say(group)})"
+            for unit in left
+            for i, group in unit.items()
+        ]
+        warnings.warn(
+            f"{who}: these have no group, and are invariant: {', '.join(lines)}.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _say(group: RadialGroup) -> str:
+    """The group as one would write it."""
+    fields = [f"index_axes={group.index_axes}"]
+    fields += [f"num_blocks={group.num_blocks}"] if group.num_blocks is not None else []
+    fields += [f"joint={group.joint!r}"] if group.joint is not None else []
+    return f"RadialGroup({', '.join(fields)})"
+
+
+def _tree_of(params: Any, found: Unit) -> Any:
+    boxes, treedef = _trees.flatten_boxes(params)
+    return treedef.unflatten([found.get(i) for i in range(len(boxes))])
+
+
+def _searched(
+    who: str,
+    fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    vectors: bool,
+    progress: Progress,
+) -> tuple[Experiment, Found]:
+    """The experiment, and what is invariant at all its points."""
+    experiment = Experiment(who, fn, params, args, progress)
+    first = search(experiment, vectors, lambda line: None)
+    seeming = {i for unit in first.units for i in unit}
+    # What has no effect stays small beside what has: a bias before BatchNorm.
+    seeming |= {i for i, verdict in first.verdicts.items() if verdict == NO_EFFECT}
+    seeming |= {i for i, tried in first.tried.items() if tried and tried[0][1] < SEEMING}
+    experiment.look_at_scales(seeming, progress)
+    return experiment, search(experiment, vectors, progress)
+
+
+def _spoken(who: str, progress: Progress | None) -> Progress:
+    if progress is None:
+        return lambda line: None
+    return lambda line: progress(f"{who}: {line}")
+
+
+# --- the confirmation, and what is in doubt ---------------------------------------------
+
+
+def _confirm(
+    experiment: Experiment, found: Found, progress: Progress
+) -> tuple[list[Unit], dict[int, float]]:
+    """The units that may be scaled, and by how much the others' scaling changes the outputs.
+
+    All are scaled at once at two points; where the outputs change, halves find the culprits.
+    """
+    dropped: dict[int, float] = {}
+    changed = max(CHANGED, 10 * experiment.unrest)
+
+    def culprits(number: int, units: list[Unit]) -> list[Unit]:
+        moved = experiment.change(number, units)
+        if moved <= changed or not units:
+            return []
+        if len(units) == 1:
+            for i in units[0]:
+                dropped[i] = moved
+                found.verdicts[i] = f"unclear: scaling changes the outputs by {moved:.0e}"
+            return units
+        half = len(units) // 2
+        return culprits(number, units[:half]) + culprits(number, units[half:])
+
+    units = found.units
+    for number in (0, 1):
+        progress(f"scaling all groups at point {number + 1}")
+        wrong = culprits(number, units)
+        units = [unit for unit in units if unit not in wrong]
+
+    def still(leaves: list[int]) -> None:
+        if experiment.change(0, [], leaves) <= changed:
+            return
+        if len(leaves) == 1:
+            found.verdicts[leaves[0]] = "not invariant: no gradient, but an effect on the outputs"
+            return
+        half = len(leaves) // 2
+        still(leaves[:half])
+        still(leaves[half:])
+
+    without = [i for i, verdict in found.verdicts.items() if verdict == NO_EFFECT]
+    if without:
+        still(without)
+    return units, dropped
+
+
+def _doubts(
+    experiment: Experiment, found: Found, units: list[Unit], dropped: dict[int, float]
+) -> list[str]:
+    """What the user should know before the groups are used."""
+    lines = []
+    path = [leaf.path for leaf in experiment.leaves]
+    unclear = [
+        f"{path[i]} ({', '.join(f'{name} {d:.0e}' for name, d in found.tried[i])})"
+        for i in experiment.floating
+        if found.verdicts[i] == "unclear"
+    ]
+    if unclear:
+        limits = experiment.thresholds
+        lines.append(
+            f"expected deviations up to {limits.invariant:.0e} or from {limits.varying:.0e} on, "
+            f"found ones between for {unclear}; they get no group. A larger batch or float32 "
+            "computation may decide."
+        )
+    if dropped:
+        moved = [f"{path[i]} ({change:.0e})" for i, change in dropped.items()]
+        lines.append(
+            f"expected outputs that stay where groups are scaled, found that they change "
+            f"for {moved}; these get no group."
+        )
+    kernels = [i for i in experiment.floating if experiment.leaves[i].value.ndim > 1]
+    idle = [i for i in kernels if found.verdicts[i] == NO_EFFECT]
+    if kernels and 2 * len(idle) > len(kernels):
+        lines.append(
+            f"{len(idle)} of {len(kernels)} kernels have no effect on the outputs, "
+            f"{path[idle[0]]} first. {CAUSES}"
+        )
+    elif not (units or lines):
+        lines.append(f"no group is radially invariant. {CAUSES}")
+    return lines

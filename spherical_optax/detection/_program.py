@@ -1,0 +1,151 @@
+"""The forward pass as a program: traced, without epsilons, and what is added to what in it.
+
+A normalization layer adds a small epsilon to a variance. It is the only thing that keeps
+a layer before it from being exactly invariant, and how much it disturbs depends on how
+large the variance happens to be. In the program it is a literal: made small there, what
+is invariant shows at any scale of the parameters, and so does what is not.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+EPSILON = 1e-2  # the largest constant taken for an epsilon; Keras's BatchNorm has 1e-3
+SMALLER = 1e-6  # not zero: a channel that is constant has a variance of rounding's size
+
+
+def trace(
+    who: str, forward: Callable[[Any], list[jax.Array]], point: Any, further: int
+) -> core.ClosedJaxpr:
+    """Traces the forward pass twice: it must run, return something, and be the same.
+
+    Args:
+      who: The caller, for messages.
+      forward: From a point to the floating outputs.
+      point: Arrays, or their shapes.
+      further: How many arguments `fn` was given after params.
+    """
+    try:
+        # A new function each time: JAX remembers the trace of an old one.
+        traces = [jax.make_jaxpr(lambda point: forward(point))(point) for _ in range(2)]
+    except TypeError as error:
+        raise TypeError(
+            f"{who}: fn(params, *args) was called with params and {further} further arguments "
+            f"and raised: {error}. Pass what fn needs after params, or bind it: "
+            "lambda params, x: model.apply({'params': params}, x, train=True)."
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # flax.errors; flax is not required
+            raise
+        raise ValueError(
+            f"{who}: fn mutates variables made outside of it: {error}. Make them inside, "
+            "with nnx.merge(graphdef, params, rest, copy=True)."
+        ) from error
+    if not traces[0].out_avals:
+        raise ValueError(
+            f"{who}: expected fn to return the network's outputs, found no floating array in "
+            "what it returned."
+        )
+    texts = [re.sub(r" at 0x[0-9a-f]+", "", str(trace.jaxpr)) for trace in traces]
+    same = texts[0] == texts[1] and len(traces[0].consts) == len(traces[1].consts)
+    for a, b in zip(traces[0].consts, traces[1].consts, strict=False):
+        same = same and a.shape == b.shape and a.dtype == b.dtype and _same_values(a, b)
+    if not same:
+        raise ValueError(
+            f"{who}: expected the same outputs from the same arguments, found that two calls of fn "
+            "differ; turn dropout off, or give it a fixed key."
+        )
+    return traces[0]
+
+
+def _same_values(a: Any, b: Any) -> bool:
+    if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return a is b or bool(np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+def without_epsilon(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """The program with small constants that are added to something made smaller still."""
+    return program.replace(jaxpr=_rewritten(program.jaxpr))
+
+
+def _rewritten(value: Any) -> Any:
+    """A program, or a parameter of an operation that may hold some."""
+    if isinstance(value, core.ClosedJaxpr):
+        return value.replace(jaxpr=_rewritten(value.jaxpr))
+    if isinstance(value, tuple | list) and any(
+        isinstance(each, core.ClosedJaxpr | core.Jaxpr) for each in value
+    ):
+        return type(value)(_rewritten(each) for each in value)
+    if not isinstance(value, core.Jaxpr):
+        return value
+    eqns = []
+    for eqn in value.eqns:
+        params = {name: _rewritten(each) for name, each in eqn.params.items()}
+        invars = eqn.invars
+        if eqn.primitive.name == "add":
+            invars = [_smaller(each) for each in invars]
+        eqns.append(eqn.replace(params=params, invars=invars))
+    return value.replace(eqns=eqns)
+
+
+def _smaller(operand: Any) -> Any:
+    if not isinstance(operand, core.Literal) or np.ndim(operand.val) > 0:
+        return operand
+    value = np.asarray(operand.val)
+    if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating) or not 0 < value <= EPSILON:
+        return operand
+    return core.Literal((value * SMALLER).astype(value.dtype), operand.aval)
+
+
+Sum = tuple[int, int]
+"""Two operands that are added or concatenated: the inputs each depends on, as sets of bits."""
+
+
+def sums(program: core.ClosedJaxpr) -> list[Sum]:
+    """What is added to what: which of the program's inputs both sides depend on."""
+    found: set[Sum] = set()
+    _dependences(program.jaxpr, [1 << i for i in range(len(program.jaxpr.invars))], found)
+    return sorted(found)
+
+
+def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[int], found: set[Sum]) -> list[int]:
+    """Which inputs each output depends on; adds the sums on the way."""
+    known: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def of(operand: Any) -> int:
+        return 0 if isinstance(operand, core.Literal) else known.get(operand, 0)
+
+    for eqn in jaxpr.eqns:
+        operands = [of(each) for each in eqn.invars]
+        everything = 0
+        for each in operands:
+            everything |= each
+        if eqn.primitive.name in ("add", "add_any", "sub", "concatenate"):
+            for n, a in enumerate(operands):
+                found.update((a, b) for b in operands[n + 1 :] if a & ~b and b & ~a)
+        outputs = [everything] * len(eqn.outvars)
+        for inner in _inner_programs(eqn):
+            if len(inner.invars) != len(operands):
+                continue
+            if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
+                first = eqn.params["num_consts"]
+                last = first + eqn.params["num_carry"]
+                operands[first:last] = [everything] * (last - first)
+            results = _dependences(inner, operands, found)
+            if len(results) == len(outputs):
+                outputs = results
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [of(each) for each in jaxpr.outvars]
+
+
+def _inner_programs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    for value in eqn.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value

@@ -1,0 +1,242 @@
+"""The search: for each leaf the finest invariant partition, alone or with others."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from spherical_optax.detection._experiment import Experiment, Progress, Unit, is_vector
+from spherical_optax.groups import RadialGroup
+
+NEAR = 13  # leaves that may belong to one group with another; all their subsets are tried
+MODULES = 3  # over which a joint group may extend
+
+NO_EFFECT = "no effect on the outputs"
+
+
+class Found(NamedTuple):
+    """What the search found.
+
+    Attributes:
+      units: The finest invariant units.
+      tried: For each leaf, the partitions tried and their deviations.
+      verdicts: For each leaf, what follows.
+    """
+
+    units: list[Unit]
+    tried: dict[int, list[tuple[str, float]]]
+    verdicts: dict[int, str]
+
+
+def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
+    """Finds the finest invariant partition of each leaf, alone or jointly with others."""
+    modules = {i: module_of(experiment.leaves[i].keys) for i in experiment.floating}
+    shapes = {i: experiment.shape(i) for i in experiment.floating}
+    found = Found([], {i: [] for i in experiment.floating}, {})
+
+    def has_effect(i: int) -> bool:
+        return experiment.has_effect(i, [j for j in experiment.floating if near(i, j)])
+
+    def near(i: int, j: int) -> bool:
+        """Whether two leaves are of one module, or of members of the same."""
+        return modules[i] == modules[j] or (
+            modules[i][:-1] == modules[j][:-1] and bool(modules[i]) and bool(modules[j])
+        )
+
+    open_leaves = [i for i in experiment.floating if has_effect(i)]
+    found.verdicts.update({i: NO_EFFECT for i in experiment.floating if i not in open_leaves})
+
+    def kernel(i: int) -> bool:
+        others = (shapes[j] for j in open_leaves if j != i and modules[j] == modules[i])
+        return not is_vector(shapes[i], others)
+
+    kernels = {i for i in open_leaves if kernel(i)}
+    leaders = sorted(
+        open_leaves if vectors else kernels,
+        key=lambda i: (i not in kernels, -math.prod(shapes[i]), i),
+    )
+
+    def accept(numbers: tuple[int, ...], best: Unit) -> None:
+        if len(numbers) > 1:
+            label = _common([modules[i] for i in numbers])
+            taken = {group.joint for unit in found.units for group in unit.values()}
+            while label in taken:
+                label += "'"
+            best = {i: dataclasses.replace(group, joint=label) for i, group in best.items()}
+        found.units.append(best)
+        verdict = "jointly invariant" if len(numbers) > 1 else "invariant"
+        found.verdicts.update(dict.fromkeys(numbers, verdict))
+
+    for n, i in enumerate(leaders):
+        progress(f"leaf {n + 1} of {len(leaders)}: {experiment.leaves[i].path}")
+        best = _finest(experiment, (i,), found.tried[i], "")
+        if best is not None:
+            accept((i,), best)
+        elif found.tried[i][0][1] < experiment.thresholds.varying:
+            found.verdicts[i] = "unclear"
+
+    decided = ("invariant", "jointly invariant")
+    for i in leaders:
+        if found.verdicts.get(i) in decided:
+            continue
+        around = sorted(
+            (modules[j] != modules[i], abs(j - i), j)
+            for j in open_leaves
+            if j != i and found.verdicts.get(j) not in decided and near(i, j)
+        )
+        others_of = _cancelling(experiment, i, [j for *_, j in around[:NEAR]], kernels, modules)
+        for others in others_of:
+            names = " and ".join(_name(experiment, j, modules[i]) for j in others)
+            best = _finest(experiment, (i, *others), found.tried[i], f" with {names}")
+            if best is not None:
+                accept((i, *others), best)
+                break
+    for i in open_leaves:
+        verdict = "not invariant" if i in leaders else "one-dimensional, no kernel"
+        found.verdicts.setdefault(i, verdict)
+    return found
+
+
+def module_of(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The path of a leaf's module; keys may hold slashes themselves, as Keras's paths do."""
+    return tuple("/".join(keys).split("/")[:-1])
+
+
+def _common(modules: Sequence[tuple[str, ...]]) -> str:
+    """The path that modules have in common, as a label."""
+    length = 0
+    for length, keys in enumerate(zip(*modules, strict=False), start=1):
+        if len(set(keys)) > 1:
+            length -= 1
+            break
+    return "/".join(modules[0][:length]) or "joint"
+
+
+def _name(experiment: Experiment, j: int, module: tuple[str, ...]) -> str:
+    keys = "/".join(experiment.leaves[j].keys).split("/")
+    return keys[-1] if tuple(keys[:-1]) == module else "/".join(keys[-2:])
+
+
+# --- jointly ----------------------------------------------------------------------------
+
+
+def _cancelling(
+    experiment: Experiment,
+    i: int,
+    near: list[int],
+    kernels: set[int],
+    modules: dict[int, tuple[str, ...]],
+) -> Iterator[tuple[int, ...]]:
+    """Smallest sets of leaves whose p sum to zero together with those of leaf i.
+
+    Kernels belong together only where their outputs are added: that the layers of a whole
+    residual stream may be scaled together is true, but says nothing of the single layer. What
+    has fewer axes than another leaf of its module is a bias.
+    """
+    numbers = [i, *near]
+    points = range(len(experiment.points))
+    sums = np.array([[experiment.sums_over(k, j, ()) for j in numbers] for k in points])
+    squares = np.array([[experiment.squares(k, j) for j in numbers] for k in points])
+    sets = np.array([(1.0, *others) for others in itertools.product((0.0, 1.0), repeat=len(near))])
+    size = np.sqrt(sets @ squares.T)
+    deviations = np.abs(sets @ sums.T) / np.where(size == 0, 1, size)
+    passing = sets[deviations.max(1) <= experiment.thresholds.invariant].astype(bool)
+    smaller: list[np.ndarray] = []
+    for row in sorted(passing, key=lambda row: (row.sum(), *(~row))):
+        if any((row | other == row).all() for other in smaller) or row.sum() < 2:
+            continue
+        smaller.append(row)
+        members = [j for j, chosen in zip(numbers, row, strict=True) if chosen]
+        pairs = [
+            (a, b)
+            for a, b in itertools.combinations([j for j in members if j in kernels], 2)
+            if modules[a] != modules[b] or len(experiment.shape(a)) == len(experiment.shape(b))
+        ]
+        few = len({modules[j] for j in members}) <= MODULES
+        if few and all(_added(experiment, *pair) for pair in pairs):
+            yield tuple(members[1:])
+
+
+def _added(experiment: Experiment, i: int, j: int) -> bool:
+    """Whether what depends on one leaf is added to what depends on the other, and not on both."""
+    a, b = (1 << experiment.floating.index(each) for each in (i, j))
+    return any(
+        (left & a and right & b and not (left & b or right & a))
+        or (left & b and right & a and not (left & a or right & b))
+        for left, right in experiment.sums
+    )
+
+
+# --- the finest partition ---------------------------------------------------------------
+
+
+def _finest(
+    experiment: Experiment,
+    numbers: tuple[int, ...],
+    tried: list[tuple[str, float]],
+    suffix: str,
+) -> Unit | None:
+    """The finest invariant partition, looked for from coarse to fine; `None` if none is.
+
+    The first leaf's index axes are matched by axes of the same sizes in the others.
+    """
+    shapes = {i: experiment.shape(i) for i in numbers}
+    shape = shapes[numbers[0]]
+
+    def invariant(name: str, unit: Unit) -> bool:
+        deviation = experiment.deviation(unit)
+        tried.append((name + suffix, deviation))
+        return deviation <= experiment.thresholds.invariant
+
+    whole: Unit = {i: RadialGroup(index_axes=()) for i in shapes}
+    if not invariant("whole", whole):
+        return None
+    passed = {1: whole}  # by number of groups
+
+    def passes(name: str, axes: tuple[int, ...], num_blocks: int | None = None) -> bool:
+        count = math.prod(shape[axis] for axis in axes[:-1]) * (num_blocks or shape[axes[-1]])
+        for unit in _matched(axes, shapes):
+            split = {i: dataclasses.replace(g, num_blocks=num_blocks) for i, g in unit.items()}
+            if invariant(name, split):
+                passed[count] = split
+                return True
+        return False
+
+    single = [a for a, size in enumerate(shape) if size > 1 and passes(f"axis {a}", (a,))]
+    for n in range(2, len(single) + 1):
+        for axes in itertools.combinations(single, n):
+            passes(f"axes {axes}", axes)
+    # Blocks of an axis after those that already index the groups.
+    axes = passed[max(passed)][numbers[0]].axes(len(shape))
+    for axis in range(max(axes, default=-1) + 1, len(shape)):
+        for blocks in range(2, shape[axis] // 2 + 1):
+            if shape[axis] % blocks == 0:
+                passes(f"{blocks} blocks of axis {axis}", (*axes, axis), blocks)
+    return passed[max(passed)]
+
+
+def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Iterator[Unit]:
+    """The given axes of the first leaf, with all choices of such axes in the others."""
+    (first, shape), *others = shapes.items()
+    sizes = [shape[axis] for axis in axes]
+    choices = [
+        [
+            chosen
+            for chosen in itertools.combinations(range(len(other)), len(axes))
+            if [other[axis] for axis in chosen] == sizes
+        ]
+        for _, other in others
+    ]
+    for chosen in itertools.product(*choices):
+        unit = {first: _group(axes, shape)}
+        for (i, other), each in zip(others, chosen, strict=True):
+            unit[i] = _group(each, other)
+        yield unit
+
+
+def _group(axes: tuple[int, ...], shape: tuple[int, ...]) -> RadialGroup:
+    """With the last axis as -1, as one writes it."""
+    return RadialGroup(tuple(-1 if axis == len(shape) - 1 else axis for axis in axes))
