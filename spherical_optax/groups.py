@@ -291,6 +291,7 @@ def _is_group(value: Any) -> bool:
 def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
     matched: set[str] = set()
     deciding: set[str] = set()
+    labelled: dict[tuple[str, str], list[_trees.Leaf]] = {}
     result: list[RadialGroup | bool | None] = []
     for leaf in leaves:
         group: RadialGroup | bool | None = None
@@ -306,7 +307,10 @@ def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup |
             group, decided = candidate, True
             if isinstance(group, RadialGroup) and group.joint is not None:
                 group = _with_label(group, match, leaf)
+                labelled.setdefault((pattern, group.joint or ""), []).append(leaf)
         result.append(group)
+    for (pattern, label), together in labelled.items():
+        _check_one_block(pattern, label, together)
     unused = [pattern for pattern, _ in rules.rules if pattern not in matched]
     # Below a subtree that optax.masked hides, other rules may have their leaves.
     hidden = matched and any(leaf.hidden for leaf in leaves)
@@ -322,6 +326,27 @@ def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup |
             f"them first. The rules are {[pattern for pattern, _ in rules.rules]}."
         )
     return result
+
+
+def _check_one_block(pattern: str, label: str, leaves: list[_trees.Leaf]) -> None:
+    """Raises where one rule joins the same layer of several blocks, as `encoder1/query` of all.
+
+    Layers are the same if their names are, but for numbers.
+    """
+    alike: dict[tuple[str, str], dict[str, str]] = {}
+    for leaf in leaves:
+        module, _, name = leaf.path.rpartition("/")
+        kind = re.sub(r"\d", "", module.rpartition("/")[2]).rstrip("_-. ")
+        alike.setdefault((kind, name), {})[module] = leaf.path
+    for modules in alike.values():
+        if len(modules) > 1:
+            raise ValueError(
+                f"groups_by_path: rule {pattern!r} gives the joint label {label!r} to "
+                f"{list(modules.values())}, the same layer of several blocks, expected one label "
+                'per block; put the block into the label, as r"(.*)/(kernel|bias)" with '
+                r'joint=r"\1" does. Where they are one group indeed, write one rule for each, '
+                "with the same label."
+            )
 
 
 def _with_label(group: RadialGroup, match: re.Match[str], leaf: _trees.Leaf) -> RadialGroup:

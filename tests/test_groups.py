@@ -94,7 +94,81 @@ def test_a_callable_tree_is_a_tree():
     assert radial_units(partial, params) == [{0: FILTER}]
 
 
+def blocks(*names, **leaves):
+    """One module of these leaves under each name; a slash in a name is a level."""
+    tree = {}
+    for name in names:
+        node = tree
+        for key in name.split("/"):
+            node = node.setdefault(key, {})
+        node.update(leaves)
+    return tree
+
+
 KERNEL, BIAS = jnp.ones((2, 3)), jnp.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "joint", "params", "label", "paths"),
+    [
+        (
+            r"(query)/(kernel|bias)",
+            r"\1",
+            blocks("block0/query", "block1/query", kernel=KERNEL, bias=BIAS),
+            "query",
+            ["block0/query/bias", "block1/query/bias"],
+        ),
+        (
+            r"(query)/kernel",
+            r"\1",
+            blocks("encoder/query", "decoder/query", kernel=KERNEL),
+            "query",
+            ["decoder/query/kernel", "encoder/query/kernel"],
+        ),
+        (
+            "kernel",
+            "all",
+            blocks("conv", "Conv_1", "conv_10", kernel=KERNEL),
+            "all",
+            ["conv/kernel", "conv_10/kernel"],
+        ),
+        ("kernel", "all", [{"kernel": KERNEL}] * 3, "all", ["0/kernel", "1/kernel", "2/kernel"]),
+        (
+            "kernel",
+            "all",
+            {"net/conv2d/kernel": KERNEL, "net/conv2d_1/kernel": KERNEL},
+            "all",
+            ["net/conv2d/kernel", "net/conv2d_1/kernel"],
+        ),
+        (
+            "linear.*/(w|b)$",
+            "all",
+            {"net/linear": {"w": KERNEL, "b": BIAS}, "net/~/linear_1": {"w": KERNEL}},
+            "all",
+            ["net/linear/w", "net/~/linear_1/w"],
+        ),
+    ],
+    ids=["blocks", "no digits", "flax names", "list", "keras names", "haiku names"],
+)
+def test_a_label_for_the_same_layer_of_several_blocks(pattern, joint, params, label, paths):
+    rules = so.groups_by_path({pattern: so.per_layer(joint)})
+    message = f"joint label {label!r} to {paths}, the same layer of several blocks, expected one "
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        so.adamsrt(0.1, groups=rules).init(params)
+    assert r'r"(.*)/(kernel|bias)" with joint=r"\1"' in str(error.value)
+
+
+def test_labels_that_several_modules_may_share():
+    """Layers of different kinds; and whatever two rules, or a tree of groups, say."""
+    params = blocks("conv", "time", kernel=KERNEL, bias=BIAS)
+    rules = so.groups_by_path({r"(conv|time)/(kernel|bias)": so.per_layer("sum")})
+    assert [list(unit) for unit in radial_units(rules, params)] == [[0, 1, 2, 3]]
+    params = blocks("block0/query", "block1/query", kernel=KERNEL)
+    two = so.groups_by_path({"0/query": so.per_layer("both"), "1/query": so.per_layer("both")})
+    one_each = so.groups_by_path({r"(.*query)/kernel": so.per_layer(r"\1")})
+    assert [list(unit) for unit in radial_units(two, params)] == [[0, 1]]
+    assert [list(unit) for unit in radial_units(so.per_layer("both"), params)] == [[0, 1]]
+    assert [list(unit) for unit in radial_units(one_each, params)] == [[0], [1]]
 
 
 def test_joint_label_expands_per_module():
