@@ -228,8 +228,8 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`; the first
     rule found anywhere in it (`re.search`) decides: `conv/kernel` is also found in
     `preconv/kernel`, `(^|/)conv/kernel` is not. Leaves that no rule matches have no group.
-    In a `joint` label, `\1` stands for the match's first parenthesis, so that one rule
-    forms one joint group per module.
+    In a `joint` label, `\1` stands for the match's first parenthesis: where that matches a
+    module's whole path, one rule forms one joint group per module.
 
     Args:
       rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves
@@ -242,7 +242,8 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
       TypeError: If a pattern is not a string, or a value is not a group.
       ValueError: If there are no rules, a pattern is not a regular expression, or a label
         names a parenthesis that its pattern lacks; and at `init`, if a rule matches no
-        path, or none that an earlier rule leaves.
+        path, or none that an earlier rule leaves, or gives one label to the same layer
+        of several blocks (`encoder/query` and `decoder/query`).
 
     Examples:
       >>> import jax.numpy as jnp
