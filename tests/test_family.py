@@ -227,6 +227,25 @@ def test_rotational_schedule_and_leaves_without_a_group(x64):
     np.testing.assert_allclose(jnp.tan(first), math.sqrt(2 * 0.01 * 0.1 / 1.9), rtol=1e-6)
 
 
+ROTATIONAL = {
+    "adamw": so.rotational_adamw,
+    "sgdm": so.rotational_sgdm,
+    "lion": so.rotational_lion,
+}
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize("name", ROTATIONAL)
+def test_a_schedule_that_ends_at_zero_stays_finite(name, injected):
+    """Compiled, this one ends at -3e-10, which has no root."""
+    schedule = optax.linear_schedule(0.02, 0.0, 20)
+    assert jax.jit(schedule)(20) < 0
+    make = optax.inject_hyperparams(ROTATIONAL[name]) if injected else ROTATIONAL[name]
+    x = normal(0, (4, 3), "float32")
+    *_, before, end = run(make(schedule, groups=FILTER, weight_decay=0.1), x, [x + 1] * 21)
+    np.testing.assert_allclose(end, before, rtol=1e-6)
+
+
 # --- AdamG* -----------------------------------------------------------------------------
 
 

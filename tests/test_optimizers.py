@@ -39,6 +39,15 @@ def test_float64_formula(name, x64):
     np.testing.assert_allclose(np.stack(path), np.stack(paths, axis=-1), rtol=1e-10, atol=1e-12)
 
 
+def test_a_decay_rate_scheduled_to_zero_stays_finite():
+    """Compiled, this schedule ends at -1e-8, which has no logarithm."""
+    schedule = optax.linear_schedule(0.9, 0.0, 20)
+    assert jax.jit(schedule)(20) < 0
+    x, tx = jnp.array([3.0, 4.0]), optax.inject_hyperparams(so.adams)
+    path = run(tx(0.1, b1=schedule, groups=so.per_layer()), x, [x] * 21)
+    assert np.isfinite(path[-1]).all()
+
+
 # --- against optax ----------------------------------------------------------------------
 
 

@@ -172,10 +172,15 @@ def rotational(
 def _equilibrium(
     learning_rate: optax.ScalarOrSchedule, weight_decay: Any, factor: Any
 ) -> optax.ScalarOrSchedule:
-    """The angle sqrt(2 learning_rate weight_decay) factor, at each step."""
+    """The angle sqrt(2 learning_rate weight_decay factor), at each step."""
+
+    def angle(rate: Any) -> jax.Array:
+        # A schedule that ends at 0 may be rounded to just below it.
+        return jnp.sqrt(jnp.maximum(2 * rate * weight_decay * factor, 0.0))
+
     if callable(learning_rate):
-        return lambda count: jnp.sqrt(2 * learning_rate(count) * weight_decay) * factor
-    return jnp.sqrt(2 * learning_rate * weight_decay) * factor
+        return lambda count: angle(learning_rate(count))
+    return angle(learning_rate)
 
 
 def rotational_adamw(
@@ -227,7 +232,7 @@ def rotational_adamw(
     check_number("rotational_adamw", "b2", b2, below=1)
     check_learning_rate("rotational_adamw", learning_rate)
     check_number("rotational_adamw", "weight_decay", weight_decay)
-    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt((1 - b1) / (1 + b1)))
+    angle = _equilibrium(learning_rate, weight_decay, (1 - b1) / (1 + b1))
     return rotational(
         optax.scale_by_adam(b1, b2, eps),
         learning_rate,
@@ -282,7 +287,7 @@ def rotational_sgdm(
     check_number("rotational_sgdm", "momentum", momentum, below=1)
     check_learning_rate("rotational_sgdm", learning_rate)
     check_number("rotational_sgdm", "weight_decay", weight_decay)
-    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt(1 / (1 + jnp.asarray(momentum))))
+    angle = _equilibrium(learning_rate, weight_decay, 1 / (1 + momentum))
     return rotational(
         optax.trace(momentum),
         learning_rate,
@@ -341,7 +346,7 @@ def rotational_lion(
     check_learning_rate("rotational_lion", learning_rate)
     check_number("rotational_lion", "weight_decay", weight_decay)
     spread = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
-    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt(math.pi / 2 * spread))
+    angle = _equilibrium(learning_rate, weight_decay, math.pi / 2 * spread)
     return rotational(
         optax.scale_by_lion(b1, b2),
         learning_rate,
