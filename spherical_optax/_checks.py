@@ -40,7 +40,7 @@ def check_number(
         raise ValueError(f"{who}: expected {name} in {interval}, found {found}.")
 
 
-def check_learning_rate(who: str, learning_rate: Any) -> None:
+def check_learning_rate(who: str, learning_rate: Any, name: str = "learning_rate") -> None:
     """Raises unless the learning rate is a schedule or a number of at least 0."""
     if not callable(learning_rate):
-        check_number(who, "learning_rate", learning_rate)
+        check_number(who, name, learning_rate)

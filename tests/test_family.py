@@ -227,6 +227,19 @@ def test_rotational_schedule_and_leaves_without_a_group(x64):
     np.testing.assert_allclose(jnp.tan(first), math.sqrt(2 * 0.01 * 0.1 / 1.9), rtol=1e-6)
 
 
+def test_rotational_sgdm_decays_other_leaves_before_the_momentum(x64):
+    """The angle is the equilibrium of coupled decay, so that is what other leaves get."""
+    x, grads = normal(0, (5,)), normal(1, (30, 5))
+    params = {"a": normal(2, (4, 2)), "b": x}
+    tx = so.rotational_sgdm(0.1, 0.8, groups={"a": FILTER, "b": None}, weight_decay=0.05)
+    path = run(tx, params, [{"a": params["a"], "b": g} for g in grads])
+    expected, momentum = np.asarray(x), np.zeros(5)
+    for step, g in zip(path[1:], np.asarray(grads), strict=True):
+        momentum = 0.8 * momentum + g + 0.05 * expected
+        expected = expected - 0.1 * momentum
+        np.testing.assert_allclose(step["b"], expected, rtol=1e-12)
+
+
 ROTATIONAL = {
     "adamw": so.rotational_adamw,
     "sgdm": so.rotational_sgdm,

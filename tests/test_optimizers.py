@@ -14,6 +14,7 @@ import spherical_optax as so
 from spherical_optax import geometry
 
 OPTIMIZERS = {"adams": so.adams, "adamsrt": so.adamsrt, "sgdmrt": so.sgdmrt, "adamg": so.adamg}
+OPTIMIZERS |= {"adamsw": so.adamsw, "adamsrtw": so.adamsrtw}
 
 
 # --- against the textbook formulas ------------------------------------------------------
@@ -26,6 +27,7 @@ def test_float64_formula(name, x64):
     x, grads = rng.normal(size=(7, 3)), rng.normal(size=(20, 7, 3))
     lr, decay = 0.02, 0.0 if name == "adamg" else 0.05
     adam = {"lr": lr, "b1": 0.8, "b2": 0.95, "eps": 1e-8, "weight_decay": decay}
+    adam["decoupled"] = name.endswith("w")
     if name == "sgdmrt":
         given = {"momentum": 0.8, "dampening": 0.3, "weight_decay": decay}
         tx = so.sgdmrt(lr, groups=so.per_filter(), **given)
@@ -33,7 +35,7 @@ def test_float64_formula(name, x64):
     else:
         kwargs = {} if name == "adamg" else {"weight_decay": decay}
         tx = OPTIMIZERS[name](lr, b1=0.8, b2=0.95, groups=so.per_filter(), **kwargs)
-        how = {"transport": name != "adams", "on_unit_sphere": name == "adamg"}
+        how = {"transport": name not in ("adams", "adamsw"), "on_unit_sphere": name == "adamg"}
         paths = [reference.adam_family(x[:, i], grads[:, :, i], **adam, **how) for i in range(3)]
     path = run(tx, jnp.asarray(x), jnp.asarray(grads))
     np.testing.assert_allclose(np.stack(path), np.stack(paths, axis=-1), rtol=1e-10, atol=1e-12)
@@ -58,6 +60,8 @@ def test_a_decay_rate_scheduled_to_zero_stays_finite():
         (so.adamsrt(1e-2, groups=None), optax.adam(1e-2)),
         (so.adamg(1e-2, b2=0.9, groups=None), optax.adam(1e-2, b2=0.9)),
         (so.adams(1e-2, groups=None, mu_dtype="bfloat16"), optax.adam(1e-2, mu_dtype="bfloat16")),
+        (so.adamsw(1e-2, groups=None), optax.adamw(1e-2)),
+        (so.adamsrtw(1e-2, groups=None, weight_decay=0.1), optax.adamw(1e-2, weight_decay=0.1)),
         (so.sgdmrt(1e-2, 0.8, groups=None), optax.sgd(1e-2, 0.8)),
         (
             so.adamsrt(optax.cosine_decay_schedule(0.1, 5), groups=None, weight_decay=0.1),
@@ -66,7 +70,16 @@ def test_a_decay_rate_scheduled_to_zero_stays_finite():
             ),
         ),
     ],
-    ids=["adams", "adamsrt", "adamg", "mu_dtype", "sgdmrt", "schedule and decay"],
+    ids=[
+        "adams",
+        "adamsrt",
+        "adamg",
+        "mu_dtype",
+        "adamsw",
+        "adamsrtw",
+        "sgdmrt",
+        "schedule and decay",
+    ],
 )
 def test_leaves_without_a_group_follow_optax_to_the_bit(ours, theirs, dtype):
     rng = np.random.default_rng(0)

@@ -1,7 +1,6 @@
 """Optimizers that keep each group's radius and set the angle of a step: Hyperball, rotational."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,9 @@ import optax
 
 from spherical_optax import _trees
 from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax._masks import Mask, in_groups
 from spherical_optax.groups import Groups, radial_units
+from spherical_optax.optimizers._parts import decayed_weights, learning_rates
 from spherical_optax.transforms import center_updates, normalize_updates, project_radial, retract
 
 
@@ -43,7 +44,7 @@ def hyperball(
 
     Raises:
       TypeError, ValueError: If a learning rate is negative; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+        not fit the parameters, or no leaf has a group.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -57,30 +58,13 @@ def hyperball(
     References:
       Wen et al., Hyperball, 2026.
     """
-    other = learning_rate if other_learning_rate is None else other_learning_rate
-    check_learning_rate("hyperball", learning_rate)
-    check_learning_rate("hyperball", other)
     return optax.chain(
         _require_groups("hyperball", groups),
         inner,
         normalize_updates(groups),
-        optax.masked(optax.scale_by_learning_rate(learning_rate), _in_groups(groups, True)),
-        optax.masked(optax.scale_by_learning_rate(other), _in_groups(groups, False)),
+        learning_rates("hyperball", learning_rate, other_learning_rate, groups),
         retract(groups),
     )
-
-
-def _in_groups(groups: Groups, wanted: bool) -> Callable[[Any], Any]:
-    """A mask for `optax.masked`: the leaves with a group, or those without."""
-
-    def mask(tree: Any) -> Any:
-        grouped = {i for unit in radial_units(groups, tree) for i in unit}
-        leaves, treedef = _trees.flatten_boxes(tree)
-        return treedef.unflatten(
-            [None if leaf is None else (i in grouped) is wanted for i, leaf in enumerate(leaves)]
-        )
-
-    return mask
 
 
 def _require_groups(who: str, groups: Groups) -> optax.GradientTransformation:
@@ -105,6 +89,7 @@ def rotational(
     *,
     groups: Groups,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     decay: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
     center: bool = False,
@@ -125,6 +110,8 @@ def rotational(
       average_angle: A number or a schedule, in radians per step.
       groups: See the module `spherical_optax.groups`.
       weight_decay: Decoupled decay of leaves without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       decay: Decay rate of the running mean of squared update norms, in [0, 1).
       eps: Added to the running norm.
       center: Whether to remove the mean of each group's update; centre the weights before
@@ -134,8 +121,8 @@ def rotational(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters, or no leaf has a group.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -151,36 +138,60 @@ def rotational(
       neural networks, ICML 2024, section 4.
     """
     check_learning_rate("rotational", learning_rate)
-    check_number("rotational", "weight_decay", weight_decay)
-    if not callable(average_angle):
-        check_number("rotational", "average_angle", average_angle)
+    check_learning_rate("rotational", average_angle, "average_angle")
     others = optax.chain(
-        optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
+        decayed_weights("rotational", weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
+    return _rotational(
+        "rotational", inner, average_angle, others, groups, decay=decay, eps=eps, center=center
+    )
+
+
+def _rotational(
+    who: str,
+    inner: optax.GradientTransformation,
+    average_angle: optax.ScalarOrSchedule,
+    others: optax.GradientTransformation,
+    groups: Groups,
+    *,
+    center: bool,
+    decay: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """The rotational variant of `inner`, with the rest of the step of leaves without a group."""
     return optax.chain(
-        _require_groups("rotational", groups),
+        _require_groups(who, groups),
         inner,
         center_updates(groups) if center else optax.identity(),
         project_radial(groups),
         normalize_updates(groups, decay=decay, eps=eps),
-        optax.masked(optax.scale_by_learning_rate(average_angle), _in_groups(groups, True)),
-        optax.masked(others, _in_groups(groups, False)),
+        optax.masked(optax.scale_by_learning_rate(average_angle), in_groups(groups, True)),
+        optax.masked(others, in_groups(groups, False)),
         retract(groups),
     )
 
 
 def _equilibrium(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: Any, factor: Any
-) -> optax.ScalarOrSchedule:
-    """The angle sqrt(2 learning_rate weight_decay factor), at each step."""
+    who: str,
+    learning_rate: optax.ScalarOrSchedule,
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    weight_decay: Any,
+    factor: Any,
+) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
+    """The angle sqrt(2 learning_rate weight_decay factor), and other leaves' learning rate."""
+    other = learning_rate if other_learning_rate is None else other_learning_rate
+    check_learning_rate(who, learning_rate)
+    check_learning_rate(who, other, "other_learning_rate")
+    check_number(who, "weight_decay", weight_decay)
 
     def angle(rate: Any) -> jax.Array:
         # A schedule that ends at 0 may be rounded to just below it.
         return jnp.sqrt(jnp.maximum(2 * rate * weight_decay * factor, 0.0))
 
     if callable(learning_rate):
-        return lambda count: angle(learning_rate(count))
-    return angle(learning_rate)
+        return lambda count: angle(learning_rate(count)), other
+    return angle(learning_rate), other
 
 
 def rotational_adamw(
@@ -190,7 +201,9 @@ def rotational_adamw(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 1e-2,
+    mask: Mask = None,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rotational AdamW: groups turn as AdamW turns them in equilibrium.
@@ -206,15 +219,19 @@ def rotational_adamw(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
-      weight_decay: Decoupled decay; with the learning rate it sets the angle.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
+        without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       center: See `rotational`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters, or no leaf has a group.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -230,17 +247,14 @@ def rotational_adamw(
     """
     check_number("rotational_adamw", "b1", b1, below=1)
     check_number("rotational_adamw", "b2", b2, below=1)
-    check_learning_rate("rotational_adamw", learning_rate)
-    check_number("rotational_adamw", "weight_decay", weight_decay)
-    angle = _equilibrium(learning_rate, weight_decay, (1 - b1) / (1 + b1))
-    return rotational(
-        optax.scale_by_adam(b1, b2, eps),
-        learning_rate,
-        angle,
-        groups=groups,
-        weight_decay=weight_decay,
-        center=center,
+    angle, rate = _equilibrium(
+        "rotational_adamw", learning_rate, other_learning_rate, weight_decay, (1 - b1) / (1 + b1)
     )
+    others = optax.chain(
+        decayed_weights("rotational_adamw", weight_decay, mask), optax.scale_by_learning_rate(rate)
+    )
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return _rotational("rotational_adamw", adam, angle, others, groups, center=center)
 
 
 def rotational_sgdm(
@@ -248,7 +262,9 @@ def rotational_sgdm(
     momentum: jax.typing.ArrayLike = 0.9,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Mask = None,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rotational momentum SGD: groups turn as momentum SGD turns them in equilibrium.
@@ -261,16 +277,20 @@ def rotational_sgdm(
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.sgd`, with decoupled decay.
-      weight_decay: With the learning rate it sets the angle.
+        `optax.sgd` after `optax.add_decayed_weights`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: With the learning rate it sets the angle; factor of the L2 term of leaves
+        without a group, before the momentum, as the angle assumes.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       center: See `rotational`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters, or no leaf has a group.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -285,17 +305,13 @@ def rotational_sgdm(
       Kosson et al., ICML 2024, table 1.
     """
     check_number("rotational_sgdm", "momentum", momentum, below=1)
-    check_learning_rate("rotational_sgdm", learning_rate)
-    check_number("rotational_sgdm", "weight_decay", weight_decay)
-    angle = _equilibrium(learning_rate, weight_decay, 1 / (1 + momentum))
-    return rotational(
-        optax.trace(momentum),
-        learning_rate,
-        angle,
-        groups=groups,
-        weight_decay=weight_decay,
-        center=center,
+    angle, rate = _equilibrium(
+        "rotational_sgdm", learning_rate, other_learning_rate, weight_decay, 1 / (1 + momentum)
     )
+    coupled = decayed_weights("rotational_sgdm", weight_decay, mask)
+    sgdm = optax.chain(optax.masked(coupled, in_groups(groups, False)), optax.trace(momentum))
+    others = optax.scale_by_learning_rate(rate)
+    return _rotational("rotational_sgdm", sgdm, angle, others, groups, center=center)
 
 
 def rotational_lion(
@@ -304,7 +320,9 @@ def rotational_lion(
     b2: jax.typing.ArrayLike = 0.99,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 1e-3,
+    mask: Mask = None,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rotational Lion: groups turn as Lion turns them in equilibrium.
@@ -319,15 +337,19 @@ def rotational_lion(
       b2: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.lion`.
-      weight_decay: With the learning rate it sets the angle.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
+        without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       center: See `rotational`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters, or no leaf has a group.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -343,15 +365,16 @@ def rotational_lion(
     """
     check_number("rotational_lion", "b1", b1, below=1)
     check_number("rotational_lion", "b2", b2, below=1)
-    check_learning_rate("rotational_lion", learning_rate)
-    check_number("rotational_lion", "weight_decay", weight_decay)
     spread = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
-    angle = _equilibrium(learning_rate, weight_decay, math.pi / 2 * spread)
-    return rotational(
-        optax.scale_by_lion(b1, b2),
+    angle, rate = _equilibrium(
+        "rotational_lion",
         learning_rate,
-        angle,
-        groups=groups,
-        weight_decay=weight_decay,
-        center=center,
+        other_learning_rate,
+        weight_decay,
+        math.pi / 2 * spread,
     )
+    others = optax.chain(
+        decayed_weights("rotational_lion", weight_decay, mask), optax.scale_by_learning_rate(rate)
+    )
+    lion = optax.scale_by_lion(b1, b2)
+    return _rotational("rotational_lion", lion, angle, others, groups, center=center)
