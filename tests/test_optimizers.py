@@ -267,6 +267,29 @@ def test_scan_stacked_layers_are_the_unstacked_ones(x64):
     assert np.abs(wrong - stacked).max() > 1e-3
 
 
+# --- weights far from their sphere ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params_dtype", "updates_dtype", "length", "turned"),
+    [
+        ("bfloat16", "bfloat16", 1024.0, 0.02),
+        ("float32", "bfloat16", 1024.0, 0.02),
+        ("bfloat16", "float32", 1024.0, 0.02),
+        ("float32", "float32", 1e6, 1e-4),
+        ("bfloat16", "bfloat16", 1e-3, 0.02),
+    ],
+)
+def test_adamg_reaches_its_sphere_from_afar(params_dtype, updates_dtype, length, turned):
+    """An update is a difference of weights: in few digits it cannot hold a large fraction."""
+    x = np.random.default_rng(0).normal(size=(64, 128))
+    x = jnp.asarray(length * x / np.linalg.norm(x), params_dtype)
+    tx = so.adamg(0.1, groups=so.per_layer())
+    *_, end = run(tx, x, [jnp.zeros_like(x, updates_dtype)] * 12)
+    assert geometry.norm(end, so.per_layer()) == pytest.approx(1, rel=1e-2)
+    assert geometry.angle(end.astype("float32"), x.astype("float32"), so.per_layer()) < turned
+
+
 # --- the state's size -------------------------------------------------------------------
 
 

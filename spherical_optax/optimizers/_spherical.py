@@ -238,7 +238,8 @@ def adamg(
     x' = (x - learning_rate mhat / (sqrt(vhat) + eps)) / |same|
     ```
 
-    and m is transported from x to x'. The first step puts each group on its sphere.
+    and m is transported from x to x'. The first step puts each group on its sphere, or the
+    first few where it is far longer: see `retract`.
 
     There is no `nesterov`, as no such form is published (for one, put
     `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
@@ -302,7 +303,8 @@ def adamg_star(
 
     Equal to SGD to high order in its effective learning rate: what the growing radius does
     to SGD's steps, the second moment does here. The first step puts each group on its
-    sphere, after which its radius is 1.
+    sphere, after which its radius is 1, or the first few where it is far longer: see
+    `retract`.
 
     Args:
       learning_rate: That of the SGD, a number.
