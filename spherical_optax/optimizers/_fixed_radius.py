@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees
-from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax._checks import check_learning_rate, check_number, check_transformation
 from spherical_optax._masks import Mask, in_groups
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups
+from spherical_optax.optimizers._at_init import require_direction, require_spheres
 from spherical_optax.optimizers._parts import decayed_weights, learning_rates
 from spherical_optax.transforms import center_updates, normalize_updates, project_radial, retract
 
@@ -29,11 +29,15 @@ def hyperball(
     ```
 
     with w the direction of `inner` and r the radius at `init`. AdamH is
-    `hyperball(optax.scale_by_adam(), ...)`, MuonH
-    `hyperball(optax.contrib.scale_by_muon(), ...)`.
+    `hyperball(optax.scale_by_adam(), ...)`; MuonH is the second example.
+
+    Groups need a radius: initialise output projections with something else than zeros. Where
+    `init` is traced, as by `jax.jit`, their values cannot be looked at, and a group of norm zero
+    stays close to zero.
 
     Args:
-      inner: The transformation that gives the direction.
+      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
+        a whole optimizer, whose update has its sign turned already.
       learning_rate: A number or a schedule: the length of a step relative to the radius.
       groups: See the module `spherical_optax.groups`.
       other_learning_rate: That of leaves without a group, which take inner's update as it
@@ -43,43 +47,40 @@ def hyperball(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a learning rate is negative; at `init`, if `groups` does
-        not fit the parameters, or no leaf has a group.
+      TypeError, ValueError: If inner is no transformation or a learning rate is negative; at
+        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
+        entry or is known to have norm zero, or inner's updates point against the gradients.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=so.per_layer())
       >>> params = jnp.array([3., 4.])
       >>> updates, _ = tx.update(jnp.array([1., 2.]), tx.init(params), params)
       >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
       Array(5., dtype=float32)
+      >>> axes = lambda tree: jax.tree.map(
+      ...     lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
+      >>> muon = optax.contrib.scale_by_muon(weight_dimension_numbers=axes)
+      >>> labels = lambda tree: jax.tree.map(
+      ...     lambda leaf: "muon" if leaf.ndim == 2 else "adam", tree)
+      >>> direction = optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
+      >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+      >>> tx = so.hyperball(direction, 0.1, groups={"kernel": so.per_layer(), "bias": None})
+      >>> updates, _ = tx.update(params, tx.init(params), params)
 
     References:
       Wen et al., Hyperball, 2026.
     """
+    check_transformation("hyperball", inner)
     return optax.chain(
-        _require_groups("hyperball", groups),
+        require_spheres("hyperball", groups),
+        require_direction("hyperball", inner, groups),
         inner,
         normalize_updates(groups),
         learning_rates("hyperball", learning_rate, other_learning_rate, groups),
         retract(groups),
     )
-
-
-def _require_groups(who: str, groups: Groups) -> optax.GradientTransformation:
-    """Raises at `init` if no leaf has a group."""
-
-    def init(params: optax.Params) -> optax.EmptyState:
-        leaves = _trees.visible_leaves(params)
-        if leaves and not radial_units(groups, params):
-            raise ValueError(
-                f"{who}: expected a group for at least one leaf, found none among "
-                f"{[leaf.path for leaf in leaves]}."
-            )
-        return optax.EmptyState()
-
-    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
 
 def rotational(
@@ -102,10 +103,11 @@ def rotational(
     ```
 
     with w the direction of `inner` and r the radius at `init`. Leaves without a group
-    step by learning_rate (w + weight_decay x).
+    step by learning_rate (w + weight_decay x). Groups need a radius, as in `hyperball`.
 
     Args:
-      inner: The transformation that gives the direction.
+      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
+        a whole optimizer, whose update has its sign turned already.
       learning_rate: A number or a schedule, for leaves without a group.
       average_angle: A number or a schedule, in radians per step.
       groups: See the module `spherical_optax.groups`.
@@ -114,15 +116,17 @@ def rotational(
         a prefix of one, or a function of the parameters that returns one; all if `None`.
       decay: Decay rate of the running mean of squared update norms, in [0, 1).
       eps: Added to the running norm.
-      center: Whether to remove the mean of each group's update; centre the weights before
-        `init` with `geometry.center`.
+      center: Whether to remove the mean of each group's update, so that weights stay centred;
+        they must be so at `init`: see `center_params`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters, or no leaf has a group.
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at
+        `init`, if `groups` or `mask` does not fit the parameters, no leaf has a group, a group
+        has one entry, is known to have norm zero or a mean that `center` forbids, or inner's
+        updates point against the gradients.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -137,14 +141,18 @@ def rotational(
       Kosson et al., Rotational Equilibrium: how weight decay balances learning across
       neural networks, ICML 2024, section 4.
     """
+    check_transformation("rotational", inner)
     check_learning_rate("rotational", learning_rate)
     check_learning_rate("rotational", average_angle, "average_angle")
     others = optax.chain(
         decayed_weights("rotational", weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _rotational(
-        "rotational", inner, average_angle, others, groups, decay=decay, eps=eps, center=center
+    return optax.chain(
+        require_direction("rotational", inner, groups),
+        _rotational(
+            "rotational", inner, average_angle, others, groups, decay=decay, eps=eps, center=center
+        ),
     )
 
 
@@ -161,7 +169,7 @@ def _rotational(
 ) -> optax.GradientTransformationExtraArgs:
     """The rotational variant of `inner`, with the rest of the step of leaves without a group."""
     return optax.chain(
-        _require_groups(who, groups),
+        require_spheres(who, groups, center=center),
         inner,
         center_updates(groups) if center else optax.identity(),
         project_radial(groups),
@@ -184,6 +192,11 @@ def _equilibrium(
     check_learning_rate(who, learning_rate)
     check_learning_rate(who, other, "other_learning_rate")
     check_number(who, "weight_decay", weight_decay)
+    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0:
+        raise ValueError(
+            f"{who}: expected weight_decay above 0, found 0: the angle follows from it, and groups "
+            "would not turn; use rotational(inner, ..., average_angle), or hyperball."
+        )
 
     def angle(rate: Any) -> jax.Array:
         # A schedule that ends at 0 may be rounded to just below it.
@@ -230,8 +243,8 @@ def rotational_adamw(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters, or no leaf has a group.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
+        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -289,8 +302,8 @@ def rotational_sgdm(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters, or no leaf has a group.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
+        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -348,8 +361,8 @@ def rotational_lion(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters, or no leaf has a group.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
+        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax

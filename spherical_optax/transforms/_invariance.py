@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
 from spherical_optax._sums import inners
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
@@ -71,7 +71,8 @@ def project_if_tangent(
       A transformation with state `ProjectIfTangentState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at
+        `init`, if `groups` does
         not fit the parameters, the leaves of a joint label form different numbers of layers,
         or a name is no field of the inner state.
 
@@ -90,6 +91,7 @@ def project_if_tangent(
     References:
       Heo et al., AdamP, ICLR 2021, algorithm 2 and equation 11.
     """
+    check_transformation("project_if_tangent", inner)
     check_number("project_if_tangent", "delta", delta)
     check_number("project_if_tangent", "weight_decay", weight_decay)
     check_number("project_if_tangent", "wd_ratio", wd_ratio, most=1)

@@ -11,6 +11,7 @@ from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, radial_units
 from spherical_optax.transforms._units import (
     check_group_state,
+    check_values,
     per_leaf,
     pick,
     present,
@@ -58,7 +59,8 @@ def retract(
 
     Raises:
       TypeError, ValueError: If the radius is not positive or the method unknown; at
-        `init`, if `groups` does not fit the parameters.
+        `init`, if `groups` does not fit the parameters, or an initial radius is known to be
+        NaN or infinite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,6 +83,14 @@ def retract(
         units, x = radial_units(groups, params), _trees.flatten(params)[0]
         if not initial:
             return optax.EmptyState()
+        check_values(
+            "retract",
+            params,
+            units,
+            lambda x, unit: ~jnp.isfinite(geometry.norm(x, unit)),
+            "groups of finite norm",
+            "of norm NaN or infinite; look at how they were initialised",
+        )
         zeros = zeros_per_group(units, x)
         targets: dict[int, jax.Array] = {}
         for unit in units:
