@@ -10,7 +10,7 @@ from trajectory import run
 import spherical_optax as so
 
 GROUPS = so.groups_by_path(
-    {"conv": so.per_channel_block(2), r"(dense\d)/": so.per_layer(joint=r"\1")}
+    {"conv": so.per_channel_block(3), r"(dense\d)/": so.per_layer(joint=r"\1")}
 )
 WARM_UP = optax.linear_schedule(0.0, 1e-3, 100)
 
@@ -28,6 +28,9 @@ def params_of(dtype="float32"):
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
+
+
+RATES = jax.tree.map(lambda leaf: 0.1, params_of())
 
 
 def of_matrices(tree):
@@ -64,12 +67,8 @@ WHOLE = {
     "labels of all paths": optax.partition(
         {"matrix": optax.sgd(0.1), "other": optax.trace(0.9)}, of_matrices(params_of())
     ),
-    "axes of all paths": optax.contrib.muon(
-        1e-3,
-        muon_weight_dimension_numbers=jax.tree.map(
-            lambda leaf: optax.contrib.MuonDimensionNumbers(-2, -1) if leaf.ndim == 2 else None,
-            params_of(),
-        ),
+    "a rate for every leaf": optax.stateless(
+        lambda updates, params: jax.tree.map(lambda update, rate: -rate * update, updates, RATES)
     ),
 }
 
@@ -108,6 +107,7 @@ DIRECTIONS = {
     "scale_by_adamsrt": so.scale_by_adamsrt(groups=GROUPS),
     "transport_moments": so.transport_moments(optax.scale_by_adam(nesterov=True), GROUPS),
     "projected": optax.chain(optax.scale_by_adam(), so.project_radial(GROUPS)),
+    "once against": optax.scale_by_schedule(lambda count: jnp.where(count == 1, -1.0, 1.0)),
     "zero": optax.set_to_zero(),
     "with other arguments": optax.scale_by_polyak(),
 }
