@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +17,9 @@ import numpy as np
 import optax
 
 import spherical_optax as so
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
+from outputs import check_out as check_out
 
 Row: TypeAlias = dict[str, Any]
 Make: TypeAlias = Callable[[so.Groups], optax.GradientTransformation]
@@ -150,7 +154,6 @@ def _text(value: Any) -> str:
 
 
 def write(out: pathlib.Path, name: str, settings: Row, results: Any) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine(), "settings": settings, "results": results}
     path = out / f"{name}.json"
     path.write_text(json.dumps(report, indent=1, default=str) + "\n")

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import trees
 import tyro
-from measure import OPTIMIZERS, Row, compile_step, print_table, write
+from measure import OPTIMIZERS, Row, check_out, compile_step, print_table, write
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
@@ -60,6 +60,7 @@ def measure(tree: trees.Tree, dtype: Dtype) -> list[Row]:
 
 
 def main(config: Config) -> None:
+    check_out(config.out, "memory.json")
     tree = trees.TREES[config.tree]()
     results = {dtype: measure(tree, dtype) for dtype in config.dtype}
     for dtype, rows in results.items():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from measure import Row, print_table, write
+from measure import Row, check_out, print_table, write
 
 import spherical_optax as so
 
@@ -184,6 +184,7 @@ def measure(config: Config) -> list[Row]:
 
 
 def main(config: Config) -> None:
+    check_out(config.out, "precision.json")
     results = measure(config)
     for name, case in CASES.items():
         table = [

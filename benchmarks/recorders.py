@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from measure import RATE, interleave, print_table, ratio, spread, write
+from measure import RATE, check_out, interleave, print_table, ratio, spread, write
 
 import spherical_optax as so
 
@@ -66,6 +66,7 @@ def trainer(tx: optax.GradientTransformation) -> Callable[[], Any]:
 
 
 def main(config: Config) -> None:
+    check_out(config.out, "recorders.json")
     runs = {name: trainer(tx) for name, tx in make_chains().items()}
     times = interleave(runs, budget=config.budget, rounds=config.rounds)
     results = [

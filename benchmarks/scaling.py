@@ -15,6 +15,7 @@ import tyro
 from measure import (
     OPTIMIZERS,
     Row,
+    check_out,
     compile_step,
     interleave,
     print_table,
@@ -85,6 +86,7 @@ def measure(shapes: trees.Shapes, config: Config) -> list[Row]:
 
 
 def main(config: Config) -> None:
+    check_out(config.out, "scaling.json")
     cases: dict[str, trees.Shapes] = {}
     cases |= {f"{size:g} parameters in 10 kernels": large(size) for size in config.parameters}
     cases |= {f"{count} small layers, {3 * count} leaves": layers(count) for count in config.layers}

@@ -20,6 +20,7 @@ import tyro
 from measure import (
     OPTIMIZERS,
     Row,
+    check_out,
     compile_step,
     describe_program,
     interleave,
@@ -126,6 +127,7 @@ def main(config: Config) -> None:
         raise SystemExit(
             f"step.py: --optimizer: expected some of {list(OPTIMIZERS)}, found {unknown}"
         )
+    check_out(config.out, "step.json")
     results: dict[str, Any] = {}
     for name in config.tree:
         tree = trees.TREES[name]()

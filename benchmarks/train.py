@@ -23,6 +23,7 @@ import tyro
 from measure import (
     OPTIMIZERS,
     Row,
+    check_out,
     compile_step,
     interleave,
     print_table,
@@ -162,6 +163,7 @@ def measure(name: Name, config: Config) -> list[Row]:
 
 
 def main(config: Config) -> None:
+    check_out(config.out, "train.json")
     results = {name: measure(name, config) for name in config.network}
     for name, rows in results.items():
         table = [

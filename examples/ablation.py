@@ -31,6 +31,7 @@ import tqdm
 import tyro
 from digits import RULES, Dataset, Network, check_options, load
 from flax import nnx
+from outputs import check_out
 
 import spherical_optax as so
 
@@ -243,13 +244,13 @@ def main(config: Config) -> None:
     decays_valid = len(decays) > 0 and all(0 <= decay < math.inf for decay in decays)
     images_valid = BATCH_SIZE <= config.images <= most
     check_options(
-        config.out,
         ("--images", config.images, f"{BATCH_SIZE} to {most}", images_valid),
         ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
         ("--learning-rates", rates, "positive numbers", rates_valid),
         ("--weight-decays", decays, "numbers not below 0", decays_valid),
         ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
     )
+    check_out(config.out, "results.json")
     outcomes = {name: measure(name, config, data) for name in DIRECTIONS}
     results = {
         name: summarize(outcome, outcomes[BASELINE], config) for name, outcome in outcomes.items()

@@ -29,6 +29,7 @@ import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from outputs import check_out
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -141,8 +142,8 @@ class Config:
     """Directory for results.json and curves.png."""
 
 
-def check_options(out: pathlib.Path, *options: tuple[str, Any, str, bool]) -> None:
-    """Exits with a message if an option is not valid, or the directory cannot be made.
+def check_options(*options: tuple[str, Any, str, bool]) -> None:
+    """Exits with a message if an option is not valid.
 
     Each option is its name, its value, what is expected, and whether the value is that.
     """
@@ -150,10 +151,6 @@ def check_options(out: pathlib.Path, *options: tuple[str, Any, str, bool]) -> No
     for name, value, expected, valid in options:
         if not valid:
             raise SystemExit(f"{program}: {name}: expected {expected}, found {value}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"{program}: --out: {error}") from None
 
 
 class Network(nnx.Module):
@@ -338,12 +335,12 @@ def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib
 def main(config: Config) -> None:
     rate = config.learning_rate
     check_options(
-        config.out,
         ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
         ("--learning-rate", rate, "a positive number", rate is None or 0 < rate < math.inf),
         ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
         ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
     )
+    check_out(config.out, "results.json", "curves.png")
     data = load()
     groups = find_groups(data[0][0][:8]) if config.groups == "auto" else RULES
     print(so.describe_groups(nnx.state(Network(nnx.Rngs(0)), nnx.Param), groups), flush=True)

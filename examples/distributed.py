@@ -27,6 +27,7 @@ from digits import BATCH_SIZE, RULES, Network, check_options, load
 from effective_learning_rate import functional_loss
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from outputs import check_out
 
 import spherical_optax as so
 
@@ -41,6 +42,9 @@ class Config:
     """Number of this process, from 0. None: start them all here, and one alone to compare."""
     coordinator: str | None = None
     """Address and port of process 0, where processes are started one by one."""
+    bind: str | None = None
+    """Address and port on which process 0 listens. None: those of the coordinator, which is this
+    machine's loopback where the processes are started here."""
     shard: bool = False
     """Whether to split parameters and state over the processes, on output channels."""
     steps: int = 40
@@ -102,7 +106,12 @@ def worker(config: Config) -> None:
     jax.config.update("jax_enable_x64", True)
     if config.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            coordinator_bind_address=config.bind or config.coordinator,  # JAX's own: all addresses
+        )
     params, loss = train(config)
     if config.process == 0:
         leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
@@ -129,13 +138,15 @@ def start(config: Config, processes: int) -> None:
 
 
 def main(config: Config) -> None:
+    process = config.process
     check_options(
-        config.out,
         ("--processes", config.processes, "at least 1", config.processes >= 1),
         ("--steps", config.steps, "at least 1", config.steps >= 1),
         ("--learning-rate", config.learning_rate, "a positive number", config.learning_rate > 0),
+        ("--bind", config.bind, "--process with it", config.bind is None or process is not None),
     )
-    if config.process is not None:
+    check_out(config.out, *(f"{processes}.npz" for processes in (1, config.processes)))
+    if process is not None:
         worker(config)
         return
     for processes in dict.fromkeys((1, config.processes)):

@@ -32,6 +32,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from outputs import check_out
 from PIL import Image
 
 import spherical_optax as so
@@ -298,11 +299,11 @@ def save(figure: Figure, path: pathlib.Path) -> None:
 
 def main(config: Config) -> None:
     check_options(
-        config.out,
         ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
         ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
         ("--seed", config.seed, "at least 0", config.seed >= 0),
     )
+    check_out(config.out, "results.json", "curves.png")
     jax.config.update("jax_enable_x64", True)
     data, _ = load()
     loss_fn, params = functional_loss(Network(nnx.Rngs(config.seed)))

@@ -32,6 +32,7 @@ from digits import RULES, Network, check_options, load
 from effective_learning_rate import LAYERS, functional_loss, save
 from flax import nnx
 from matplotlib.figure import Figure
+from outputs import check_out
 
 import spherical_optax as so
 
@@ -211,7 +212,6 @@ def main(config: Config) -> None:
     below = 1 / fastest if positive else math.nan
     decay_valid = 0 <= config.weight_decay < below
     check_options(
-        config.out,
         ("--learning-rate", rates, "positive numbers", positive),
         ("--learning-rate", rates, "at least two different ones", len(set(rates)) > 1),
         ("--time", config.time, "at least one step", fastest <= config.time < math.inf),
@@ -219,6 +219,7 @@ def main(config: Config) -> None:
         ("--images", config.images, "between 2 and 1347", 2 <= config.images <= 1347),
         ("--epsilon", config.epsilon, "a number in [0, 1]", 0 <= config.epsilon <= 1),
     )
+    check_out(config.out, "results.json", "curves.png")
     jax.config.update("jax_enable_x64", True)
     params, gradient = make_problem(config)
     rates = sorted(set(config.learning_rate), reverse=True)

@@ -40,7 +40,16 @@ def check_number(
         raise ValueError(f"{who}: expected {name} in {interval}, found {found}.")
 
 
-def check_learning_rate(who: str, learning_rate: Any) -> None:
+def check_transformation(who: str, inner: Any) -> None:
+    """Raises unless this is a gradient transformation."""
+    if isinstance(inner, type) or not (hasattr(inner, "init") and hasattr(inner, "update")):
+        remedy = "call it" if callable(inner) else "pass one, such as optax.trace(0.9)"
+        raise TypeError(
+            f"{who}: expected a gradient transformation as inner, found {inner!r}; {remedy}."
+        )
+
+
+def check_learning_rate(who: str, learning_rate: Any, name: str = "learning_rate") -> None:
     """Raises unless the learning rate is a schedule or a number of at least 0."""
     if not callable(learning_rate):
-        check_number(who, "learning_rate", learning_rate)
+        check_number(who, name, learning_rate)

@@ -13,10 +13,12 @@ class Leaf(NamedTuple):
       keys: The keys on the way to the leaf, as strings.
       value: The array (or whatever stands for it), `None`, or a
         `optax.MaskedNode` where `optax.masked` hides a subtree.
+      box: The type of the box that held it; that of `None` if none did.
     """
 
     keys: tuple[str, ...]
     value: Any
+    box: type = type(None)
 
     @property
     def path(self) -> str:
@@ -27,6 +29,11 @@ class Leaf(NamedTuple):
     def hidden(self) -> bool:
         """Whether `optax.masked` hides this leaf or subtree."""
         return isinstance(self.value, optax.MaskedNode)
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is an NNX variable for statistics or random numbers, no parameter."""
+        return any(base.__name__ in ("BatchStat", "RngState") for base in self.box.__mro__)
 
 
 def is_box(node: Any) -> bool:
@@ -62,10 +69,9 @@ def leaves_with_paths(tree: Any) -> list[Leaf]:
         is_leaf=lambda node: node is None or is_box(node) or isinstance(node, optax.MaskedNode),
     )
     return [
-        Leaf(
-            tuple(key_name(key) for key in path),
-            _unboxed(value) if is_box(value) else value,
-        )
+        Leaf(tuple(key_name(key) for key in path), _unboxed(value), type(value))
+        if is_box(value)
+        else Leaf(tuple(key_name(key) for key in path), value)
         for path, value in found
     ]
 

@@ -9,26 +9,30 @@ how one array splits into groups; a `groups` argument says it for a whole tree, 
   subtree: `groups=True` gives a group to every leaf, biases as well;
 - what `find_radial_groups` returns;
 - a function of the parameters that returns such a tree, reading paths and shapes only.
-  `optax.inject_hyperparams` takes every function for a schedule, and would call this one
-  with a step count: name it, `static_args=("groups",)`, or use rules.
+
+A tree may be a module with a `__call__`, as one made from an Equinox model is: it is not
+called. `optax.inject_hyperparams` does take everything callable for a schedule, and would
+call such a tree, or a function, with a step count: name it, `static_args=("groups",)`, or
+use rules.
 
 `describe_groups` shows what was selected.
 """
 
 import dataclasses
 import math
+import numbers
 import operator
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _trees
-
-Groups: TypeAlias = Any
-"""Any of the forms that this module's docstring lists."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +143,21 @@ def _index(name: str, value: Any) -> int:
         raise TypeError(f"RadialGroup: expected integer {name}, found {value!r}.") from None
 
 
-def per_filter() -> RadialGroup:
-    """One group per output channel, the last axis of a Flax kernel (BatchNorm).
+def per_filter(*, axis: int = -1) -> RadialGroup:
+    """One group per output channel (BatchNorm).
+
+    Args:
+      axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
+        PyTorch kernel `(out, in, ...)`.
 
     Examples:
       >>> from spherical_optax import per_filter
       >>> per_filter().shape((3, 3, 16, 32))
       (32,)
+      >>> per_filter(axis=0).shape((32, 16, 3, 3))
+      (32,)
     """
-    return RadialGroup(index_axes=(-1,))
+    return RadialGroup(index_axes=(axis,))
 
 
 def per_layer(joint: str | None = None) -> RadialGroup:
@@ -164,19 +174,23 @@ def per_layer(joint: str | None = None) -> RadialGroup:
     return RadialGroup(index_axes=(), joint=joint)
 
 
-def per_channel_block(n: int, joint: str | None = None) -> RadialGroup:
+def per_channel_block(n: int, joint: str | None = None, *, axis: int = -1) -> RadialGroup:
     """`n` contiguous blocks of output channels, one group each (GroupNorm).
 
     Args:
       n: Number of blocks; must divide the number of output channels.
       joint: Label shared with the leaves that belong to the same groups.
+      axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
+        PyTorch kernel `(out, in, ...)` and of its bias.
 
     Examples:
       >>> from spherical_optax import per_channel_block
       >>> per_channel_block(4).shape((3, 3, 16, 32))
       (4,)
+      >>> per_channel_block(4, axis=0).shape((32, 16, 3, 3))
+      (4,)
     """
-    return RadialGroup(index_axes=(-1,), num_blocks=n, joint=joint)
+    return RadialGroup(index_axes=(axis,), num_blocks=n, joint=joint)
 
 
 def per_head(axis: int, joint: str | None = None) -> RadialGroup:
@@ -214,8 +228,8 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`; the first
     rule found anywhere in it (`re.search`) decides: `conv/kernel` is also found in
     `preconv/kernel`, `(^|/)conv/kernel` is not. Leaves that no rule matches have no group.
-    In a `joint` label, `\1` stands for the match's first parenthesis, so that one rule
-    forms one joint group per module.
+    In a `joint` label, `\1` stands for the match's first parenthesis: where that matches a
+    module's whole path, one rule forms one joint group per module.
 
     Args:
       rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves
@@ -228,7 +242,8 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
       TypeError: If a pattern is not a string, or a value is not a group.
       ValueError: If there are no rules, a pattern is not a regular expression, or a label
         names a parenthesis that its pattern lacks; and at `init`, if a rule matches no
-        path, or none that an earlier rule leaves.
+        path, or none that an earlier rule leaves, or gives one label to the same layer
+        of several blocks (`encoder/query` and `decoder/query`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -277,6 +292,7 @@ def _is_group(value: Any) -> bool:
 def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
     matched: set[str] = set()
     deciding: set[str] = set()
+    labelled: dict[tuple[str, str], list[_trees.Leaf]] = {}
     result: list[RadialGroup | bool | None] = []
     for leaf in leaves:
         group: RadialGroup | bool | None = None
@@ -292,7 +308,10 @@ def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup |
             group, decided = candidate, True
             if isinstance(group, RadialGroup) and group.joint is not None:
                 group = _with_label(group, match, leaf)
+                labelled.setdefault((pattern, group.joint or ""), []).append(leaf)
         result.append(group)
+    for (pattern, label), together in labelled.items():
+        _check_one_block(pattern, label, together)
     unused = [pattern for pattern, _ in rules.rules if pattern not in matched]
     # Below a subtree that optax.masked hides, other rules may have their leaves.
     hidden = matched and any(leaf.hidden for leaf in leaves)
@@ -308,6 +327,27 @@ def _by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup |
             f"them first. The rules are {[pattern for pattern, _ in rules.rules]}."
         )
     return result
+
+
+def _check_one_block(pattern: str, label: str, leaves: list[_trees.Leaf]) -> None:
+    """Raises where one rule joins the same layer of several blocks, as `encoder1/query` of all.
+
+    Layers are the same if their names are, but for numbers.
+    """
+    alike: dict[tuple[str, str], dict[str, str]] = {}
+    for leaf in leaves:
+        module, _, name = leaf.path.rpartition("/")
+        kind = re.sub(r"\d", "", module.rpartition("/")[2]).rstrip("_-. ")
+        alike.setdefault((kind, name), {})[module] = leaf.path
+    for modules in alike.values():
+        if len(modules) > 1:
+            raise ValueError(
+                f"groups_by_path: rule {pattern!r} gives the joint label {label!r} to "
+                f"{list(modules.values())}, the same layer of several blocks, expected one label "
+                'per block; put the block into the label, as r"(.*)/(kernel|bias)" with '
+                r'joint=r"\1" does. Where they are one group indeed, write one rule for each, '
+                "with the same label."
+            )
 
 
 def _with_label(group: RadialGroup, match: re.Match[str], leaf: _trees.Leaf) -> RadialGroup:
@@ -422,6 +462,27 @@ class FoundGroups:
     forward_passes: int
 
 
+class _Dataclass(Protocol):
+    """A tree that is a dataclass, such as an Equinox module."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Groups: TypeAlias = (
+    RadialGroup
+    | bool
+    | PathRules
+    | FoundGroups
+    | Mapping[Any, Any]
+    | list[Any]
+    | tuple[Any, ...]
+    | _Dataclass
+    | Callable[[Any], Any]
+    | None
+)
+"""Any of the forms that this module's docstring lists."""
+
+
 def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     """Resolves `groups` on a tree into the sets of leaves that form groups together.
 
@@ -441,16 +502,47 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     leaves = _trees.leaves_with_paths(tree)
     if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
         return []
-    if any(groups is helper for helper in _HELPERS):
-        raise TypeError(f"groups: expected a group, found a function; call {groups.__name__}(...).")
-    if callable(groups):
-        groups = groups(tree)
-    if isinstance(groups, FoundGroups):
-        groups = groups.groups
-    by = _by_rules if isinstance(groups, PathRules) else _by_prefix
-    found = [_checked(leaf, group) for leaf, group in zip(leaves, by(groups, leaves), strict=True)]
+    for leaf in leaves:
+        _check_parameter(leaf)
+    given = _given(groups, tree)
+    by = _by_rules if isinstance(given, PathRules) else _by_prefix
+    found = [_checked(leaf, group) for leaf, group in zip(leaves, by(given, leaves), strict=True)]
     return _units(
         [(leaf, group) for leaf, group in zip(leaves, found, strict=True) if not leaf.hidden]
+    )
+
+
+def _given(groups: Any, tree: Any) -> Any:
+    """Rules, or a tree of groups."""
+    for helper in _HELPERS:
+        if groups is helper:
+            raise TypeError(
+                f"groups: expected a group, found a function; call {helper.__name__}(...)."
+            )
+    # What jax.tree looks into is a tree, be it a module that can be called.
+    is_tree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(groups))
+    if callable(groups) and (not is_tree or isinstance(groups, jax.tree_util.Partial)):
+        groups = groups(tree)
+    return groups.groups if isinstance(groups, FoundGroups) else groups
+
+
+def _check_parameter(leaf: _trees.Leaf) -> None:
+    """Raises for what a whole model holds besides its parameters."""
+    value, dtype = leaf.value, getattr(leaf.value, "dtype", None)
+    if value is None or leaf.hidden or isinstance(value, numbers.Number):
+        return
+    if leaf.is_state:
+        found = f"a {leaf.box.__name__}"
+    elif dtype is None or isinstance(dtype, str):  # a string for a Keras variable
+        found = f"{reprlib.repr(value)} of type {type(value).__name__}"
+    elif jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        found = f"a random key of dtype {dtype}"
+    else:
+        return
+    raise TypeError(
+        f"{leaf.path}: expected an array of parameters, found {found}; pass the parameters "
+        "alone: nnx.state(model, nnx.Param), eqx.filter(model, eqx.is_inexact_array), or "
+        "{v.path: v.value for v in model.trainable_variables} of a Keras model."
     )
 
 
@@ -476,6 +568,52 @@ def _units(
     return list(units.values())
 
 
+def units_at_init(groups: Groups, params: Any) -> list[dict[int, RadialGroup]]:
+    """As `radial_units`, for `init`: it looks more closely, once.
+
+    Warns:
+      UserWarning: If groups on the last axis look like columns of a convolution's window.
+    """
+    units = radial_units(groups, params)
+    _warn_of_windows(units, params)
+    return units
+
+
+def _warn_of_windows(units: list[dict[int, RadialGroup]], params: Any) -> None:
+    leaves = _trees.visible_leaves(params)
+    suspects = []
+    for unit in units:
+        for i, group in unit.items():
+            shape = leaves[i].value.shape
+            channels = _channels_in_front(group, shape)
+            if channels is not None:
+                suspects.append(
+                    f"{leaves[i].path} of shape {shape}: expected groups of output channels, found "
+                    f"groups on its last axis, of size {shape[-1]}, where Equinox and PyTorch have "
+                    f"the window; there, index_axes={channels}, as in per_filter(axis=0). If the "
+                    f"last axis is meant, say {len(shape) - 1} for -1."
+                )
+    if suspects:
+        warnings.warn("\n".join(suspects), UserWarning, stacklevel=3)
+
+
+def _channels_in_front(group: RadialGroup, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The index axes that the groups of a kernel `(out, in, h, w)` should have had, if it is one.
+
+    A window's sizes are taken to be equal, of at most 11, and fewer than output channels; two
+    equal sizes of at most 7 in front are a window themselves, of a kernel `(h, w, in, out)`.
+    """
+    if -1 not in group.index_axes:
+        return None
+    *others, _ = group.axes(len(shape))
+    own = [axis for axis in range(len(shape)) if axis not in others]
+    if len(own) < 4:
+        return None
+    outputs, inputs, *window = (shape[axis] for axis in own)
+    is_window = len(set(window)) == 1 and window[0] <= min(11, outputs - 1)
+    return (*others, own[0]) if is_window and not outputs == inputs <= 7 else None
+
+
 def describe_groups(params: Any, groups: Groups) -> str:
     """A table of the groups: path, shape, number of groups, entries per group, label.
 
@@ -484,12 +622,17 @@ def describe_groups(params: Any, groups: Groups) -> str:
       groups: See this module's docstring.
 
     Returns:
-      One line per leaf. Entries count all leaves of a joint group together; a dash
-      stands for a leaf without a group. For what `find_radial_groups(..., explain=True)`
-      returns, also the verdict on each leaf and the deviations measured.
+      One line per leaf that is not `None`. Entries count all leaves of a joint group
+      together; a dash stands for a leaf without a group. For what
+      `find_radial_groups(..., explain=True)` returns, also the verdict on each leaf and
+      the deviations measured.
 
     Raises:
       TypeError, ValueError: If `groups` does not fit `params`.
+
+    Warns:
+      UserWarning: If groups on the last axis look like columns of a convolution's window,
+        as in a kernel `(out, in, h, w)`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -498,18 +641,22 @@ def describe_groups(params: Any, groups: Groups) -> str:
       path    shape   groups  entries per group  label
       kernel  (5, 8)  8       5                  -
     """
-    leaves = _trees.visible_leaves(params)
+    units, leaves = radial_units(groups, params), _trees.visible_leaves(params)
+    _warn_of_windows(units, params)
     rows = [[leaf.path, str(np.shape(leaf.value)), "-", "-", "-"] for leaf in leaves]
-    for unit in radial_units(groups, params):
+    for unit in units:
         values = {i: leaves[i].value for i in unit}
         for i, group in unit.items():
             count = math.prod(group.shape(values[i].shape))
             rows[i][2:] = [str(count), str(group_size(unit, values)), group.joint or "-"]
+    rows = [row for row, leaf in zip(rows, leaves, strict=True) if leaf.value is not None]
     header = ["path", "shape", "groups", "entries per group", "label"]
     if not isinstance(groups, FoundGroups):
         return _table([header, *rows])
     header += ["verdict", "deviations"]
-    for row, finding in zip(rows, groups.findings, strict=True):
+    findings = {finding.path: finding for finding in groups.findings}
+    for row in rows:
+        finding = findings.get(row[0], Finding(row[0], (), "-"))
         tried = ", ".join(f"{name} {deviation:.0e}" for name, deviation in finding.tried)
         row += [finding.verdict, tried or "-"]
     return (

@@ -18,15 +18,18 @@ def tangent(m: np.ndarray, x: np.ndarray) -> np.ndarray:
     return m - (m @ u) * u
 
 
-def adam_family(x, grads, *, lr, b1, b2, eps, weight_decay, transport, on_unit_sphere=False):
-    """AdamS; AdamSRT with `transport`; AdamG with `on_unit_sphere` too."""
+def adam_family(
+    x, grads, *, lr, b1, b2, eps, weight_decay, transport, on_unit_sphere=False, decoupled=False
+):
+    """AdamS; AdamSRT with `transport`; AdamG with `on_unit_sphere` too; decay coupled or not."""
     m, v, path = np.zeros_like(x), 0.0, [x]
     for t, g in enumerate(grads, start=1):
-        g = g + weight_decay * x
+        g = g if decoupled else g + weight_decay * x
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * (g @ g)
         step = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
         new = x - lr * step * (1 if on_unit_sphere else np.sqrt(x.size))
+        new = new - lr * weight_decay * x if decoupled else new
         if on_unit_sphere:
             new = new / np.linalg.norm(new)
         if transport:

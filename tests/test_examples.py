@@ -1,15 +1,20 @@
 """The examples' programs, in short runs and with bad options."""
 
+import contextlib
+import importlib
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def run(*options, program="digits.py"):
@@ -181,6 +186,7 @@ def test_two_processes_are_equal_to_one(tmp_path):
             "--time: expected at least one step, found 0.1",
         ),
         ("distributed.py", ["--steps", "0"], "--steps: expected at least 1, found 0"),
+        ("distributed.py", ["--bind", ":1"], "--bind: expected --process with it, found :1"),
         ("ablation.py", ["--images", "1347"], "--images: expected 32 to 1346, found 1347"),
         (
             "ablation.py",
@@ -194,3 +200,83 @@ def test_bad_option(program, options, message, tmp_path):
     assert result.returncode != 0
     assert message in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
+
+
+WRITTEN = {  # what each program writes to --out
+    "examples/ablation.py": ["results.json"],
+    "examples/digits.py": ["results.json", "curves.png"],
+    "examples/distributed.py": ["1.npz", "2.npz"],
+    "examples/effective_learning_rate.py": ["results.json", "curves.png"],
+    "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
+    **{
+        f"benchmarks/{name}.py": [f"{name}.json"]
+        for name in ("memory", "precision", "recorders", "scaling", "step", "train")
+    },
+}
+
+
+def test_all_programs_that_write_are_known():
+    programs = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*")]
+    found = [p for p in programs if p.suffix == ".py" and "out: pathlib.Path = " in p.read_text()]
+    assert {str(path.relative_to(ROOT)) for path in found} == set(WRITTEN)
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Interrupts what takes longer."""
+
+    def interrupt(*_):
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def program(request, monkeypatch):
+    """The program as a module, called by its name."""
+    path = ROOT / request.param
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    return importlib.import_module(path.stem)
+
+
+@pytest.mark.parametrize(("program", "names"), WRITTEN.items(), ids=WRITTEN, indirect=["program"])
+def test_out_that_cannot_be_written(program, names, tmp_path):
+    def message(out):
+        with pytest.raises(SystemExit) as stopped, within(10):
+            program.main(program.Config(out=out))
+        return str(stopped.value)
+
+    start = f"{program.__name__}.py: --out: "
+    for name in names:
+        out = tmp_path / f"holds {name}"
+        (out / name).mkdir(parents=True)
+        assert message(out) == f"{start}{out / name}: expected a file or nothing, found a directory"
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out in (file, file / "below" / "it"):
+        assert message(out) == f"{start}{file}: expected a directory, found a file"
+    for out in (pathlib.Path("/proc"), pathlib.Path("/proc/none")):  # not even root can
+        assert message(out).startswith(f"{start}{out}: expected a place to write to, found ")
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.parametrize("program", ["examples/distributed.py"], indirect=True)
+@pytest.mark.parametrize(
+    ("bind", "expected"), [(None, "127.0.0.1:1234"), ("0.0.0.0:1", "0.0.0.0:1")]
+)
+def test_address_on_which_the_coordinator_listens(program, bind, expected, monkeypatch):
+    calls = {}
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: calls.update(options))
+    monkeypatch.setattr(program, "train", lambda config: ({}, 0.0))
+    coordinator = {"coordinator": "127.0.0.1:1234", "process": 1}
+    program.worker(program.Config(**coordinator, bind=bind))
+    assert calls == {"coordinator_bind_address": expected}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from trajectory import run
 
 import spherical_optax as so
@@ -227,6 +228,106 @@ def test_rotational_schedule_and_leaves_without_a_group(x64):
     np.testing.assert_allclose(jnp.tan(first), math.sqrt(2 * 0.01 * 0.1 / 1.9), rtol=1e-6)
 
 
+def test_rotational_sgdm_decays_other_leaves_before_the_momentum(x64):
+    """The angle is the equilibrium of coupled decay, so that is what other leaves get."""
+    x, grads = normal(0, (5,)), normal(1, (30, 5))
+    params = {"a": normal(2, (4, 2)), "b": x}
+    tx = so.rotational_sgdm(0.1, 0.8, groups={"a": FILTER, "b": None}, weight_decay=0.05)
+    path = run(tx, params, [{"a": params["a"], "b": g} for g in grads])
+    expected, momentum = np.asarray(x), np.zeros(5)
+    for step, g in zip(path[1:], np.asarray(grads), strict=True):
+        momentum = 0.8 * momentum + g + 0.05 * expected
+        expected = expected - 0.1 * momentum
+        np.testing.assert_allclose(step["b"], expected, rtol=1e-12)
+
+
+ROTATIONAL = {
+    "adamw": so.rotational_adamw,
+    "sgdm": so.rotational_sgdm,
+    "lion": so.rotational_lion,
+}
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.parametrize("name", ROTATIONAL)
+def test_a_schedule_that_ends_at_zero_stays_finite(name, injected):
+    """Compiled, this one ends at -3e-10, which has no root."""
+    schedule = optax.linear_schedule(0.02, 0.0, 20)
+    assert jax.jit(schedule)(20) < 0
+    make = optax.inject_hyperparams(ROTATIONAL[name]) if injected else ROTATIONAL[name]
+    x = normal(0, (4, 3), "float32")
+    *_, before, end = run(make(schedule, groups=FILTER, weight_decay=0.1), x, [x + 1] * 21)
+    np.testing.assert_allclose(end, before, rtol=1e-6)
+
+
+# --- centred weights --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_center_params_keeps_lengths(offset, dtype):
+    """Also where the mean is far longer than what is left."""
+    groups = {"kernel": FILTER, "fc": so.per_layer(joint="fc"), "bias": None}
+    params = {
+        "kernel": normal(0, (20, 3)) + offset,
+        "fc": {"w": normal(1, (6, 5)) + offset, "b": normal(2, (5,)) + offset},
+        "bias": jnp.ones(3),
+    }
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    centered = so.center_params(params, groups)
+    assert jax.tree.map(jnp.result_type, centered) == jax.tree.map(jnp.result_type, params)
+    assert centered["bias"] is params["bias"]
+    tolerance = {"bfloat16": 1e-2, "float32": 1e-5, "float64": 1e-13}[dtype]
+    for part, group in (("kernel", FILTER), ("fc", groups["fc"])):
+        x, y = params[part], centered[part]
+        group = jax.tree.map(lambda _, group=group: group, x)
+        length = geometry.norm(x, group)
+        np.testing.assert_allclose(geometry.norm(y, group), length, rtol=tolerance)
+        mean = geometry.inner(y, jax.tree.map(jnp.ones_like, y), group)
+        assert np.all(np.abs(mean) < tolerance * length)
+        moved = jax.tree.map(geometry.wide, y)
+        turned = geometry.angle(
+            geometry.center(jax.tree.map(geometry.wide, x), group), moved, group
+        )
+        assert np.all(turned < 2 * tolerance)
+    again = so.center_params(centered, groups)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(centered), strict=True):
+        np.testing.assert_allclose(a, b, rtol=4 * tolerance, atol=tolerance)
+
+
+def test_constant_groups_cannot_be_centred():
+    params = {"kernel": normal(0, (4, 3)).at[:, 1].set(0.1), "zero": jnp.zeros((2, 2))}
+    message = "center_params: kernel: expected groups that vary, found 1 of 3 constant"
+    with pytest.raises(ValueError, match=message):
+        so.center_params(params, FILTER)
+    traced = jax.jit(lambda params: so.center_params(params, FILTER))(params)
+    np.testing.assert_array_equal(traced["kernel"][:, 1], params["kernel"][:, 1])
+    np.testing.assert_array_equal(traced["zero"], params["zero"])
+
+
+def test_center_params_keeps_boxes():
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    centered = so.center_params(state, so.groups_by_path({"kernel": FILTER}))
+    assert jax.tree.structure(centered) == jax.tree.structure(state)
+    np.testing.assert_allclose(centered["kernel"][...].sum(0), 0, atol=1e-6)
+
+
+def test_rotational_asks_for_centred_weights():
+    params = {"kernel": normal(0, (30, 4)), "bias": jnp.ones(4)}
+    groups = {"kernel": FILTER, "bias": None}
+    for tx in (
+        so.rotational(optax.trace(0.9), 0.1, 0.1, groups=groups, center=True),
+        so.rotational_lion(0.1, groups=groups, center=True),
+    ):
+        message = r"rotational\w*: kernel: expected centred groups.* found 4 of 4 .*center_params"
+        with pytest.raises(ValueError, match=message):
+            tx.init(params)
+        jax.jit(tx.init)(params)
+        for dtype in ("bfloat16", "float32"):
+            wide = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
+            tx.init(so.center_params(wide, groups))
+
+
 # --- AdamG* -----------------------------------------------------------------------------
 
 
@@ -360,3 +461,55 @@ def test_no_leaf_with_a_group(tx):
     message = r"a group for at least one leaf, found none among \['a', 'b'\]"
     with pytest.raises(ValueError, match=message):
         tx.init({"a": jnp.ones((2, 2)), "b": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("name", ROTATIONAL)
+def test_rotational_variants_need_decay_to_turn(name):
+    message = (
+        rf"rotational_{name}: expected weight_decay above 0, found 0.*average_angle.*hyperball"
+    )
+    for zero in (0, 0.0, jnp.zeros([])):
+        with pytest.raises(ValueError, match=message):
+            ROTATIONAL[name](0.1, groups=FILTER, weight_decay=zero)
+    jax.jit(lambda decay: ROTATIONAL[name](0.1, groups=FILTER, weight_decay=decay) and None)(0.0)
+
+
+FIXED = {
+    "hyperball": lambda groups: so.hyperball(optax.trace(0.9), 0.1, groups=groups),
+    "rotational": lambda groups: so.rotational(optax.trace(0.9), 0.1, 0.1, groups=groups),
+    "rotational_adamw": lambda groups: so.rotational_adamw(0.1, groups=groups),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_groups_without_a_direction_are_refused(name):
+    """At `init`, where their values are known; a group of one entry in any case."""
+    tx = FIXED[name](so.groups_by_path({"kernel": FILTER, "fc": so.per_layer(joint="fc")}))
+    kernel, fc = normal(0, (3, 4)), {"w": normal(1, (3, 2)), "b": jnp.zeros(2)}
+    tx.init({"kernel": kernel, "fc": fc})
+
+    zero = {"kernel": kernel.at[:, 1:3].set(0), "fc": fc}
+    message = rf"{name}: kernel: expected groups of norm above 0, found 2 of 4 of norm 0; init"
+    with pytest.raises(ValueError, match=message):
+        tx.init(zero)
+    with pytest.raises(ValueError, match=r"fc/b, fc/w: expected .* found 1 of 1 of norm 0;"):
+        tx.init({"kernel": kernel, "fc": jax.tree.map(jnp.zeros_like, fc)})
+    for init in (jax.jit(tx.init), jax.vmap(tx.init)):
+        state = init(jax.tree.map(lambda x: jnp.stack([x, x]), zero))
+        assert jax.tree.leaves(state)
+
+    message = rf"{name}: kernel: expected groups of at least 2 entries, found 1:"
+    for init in (tx.init, jax.jit(tx.init)):
+        with pytest.raises(ValueError, match=message):
+            init({"kernel": kernel[:1], "fc": fc})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_radius_that_is_not_finite_is_refused(bad):
+    params = {"kernel": normal(0, (3, 4)).at[0, 1].set(bad), "bias": jnp.full(4, bad)}
+    tx = so.retract({"kernel": FILTER, "bias": None})
+    message = "retract: kernel: expected groups of finite norm, found 1 of 4 of norm NaN or inf"
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+    jax.jit(tx.init)(params)
+    so.retract({"kernel": FILTER, "bias": None}, radius=1.0).init(params)

@@ -132,6 +132,32 @@ def test_groups_of_an_nnx_state_are_described():
     assert so.describe_groups(nnx.to_pure_dict(state), GROUPS).splitlines() == lines
 
 
+@pytest.mark.parametrize("rest", ["statistics", "dropout"])
+def test_a_whole_nnx_model_as_parameters(rest):
+    rngs = nnx.Rngs(0)
+    layers = {"kernel": nnx.Linear(2, 3, rngs=rngs)}
+    layers |= {"norm": nnx.BatchNorm(3, rngs=rngs)} if rest == "statistics" else {}
+    layers |= {"drop": nnx.Dropout(0.5, rngs=rngs)} if rest == "dropout" else {}
+    model = nnx.Dict(**layers)
+    where, found = (
+        ("norm/mean", "BatchStat") if rest == "statistics" else ("drop/rngs/count", "RngCount")
+    )
+    groups = so.groups_by_path({"kernel/kernel": so.per_filter()})
+    message = rf"{where}: expected an array of parameters, found a {found}; pass .*nnx\.Param"
+    for params in (model, nnx.state(model)):
+        for use in (so.adamsrt(0.1, groups=groups).init, lambda p: so.describe_groups(p, groups)):
+            with pytest.raises(TypeError, match=message):
+                use(params)
+
+
+def test_an_nnx_model_of_parameters_alone():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    tx = so.adamsrt(0.1, groups=so.groups_by_path({"kernel": so.per_filter()}))
+    grads = jax.tree.map(jnp.ones_like, model)
+    updates, _ = tx.update(grads, tx.init(model), model)
+    np.testing.assert_allclose(updates.bias[...], -0.1, rtol=1e-5)
+
+
 def test_sharding_metadata_of_a_kernel_stays_off_the_reduced_state():
     """NNX copies a variable's metadata onto the optimizer state made from it."""
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))

@@ -1,5 +1,7 @@
 import dataclasses
+import re
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import radial_units, units_at_init
 
 PARAMS = {
     "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
@@ -28,6 +30,8 @@ def table(groups, params=PARAMS):
         (so.per_filter(), (3, 3, 2, 4), (4,)),
         (so.per_layer(), (3, 3, 2, 4), ()),
         (so.per_channel_block(2), (3, 3, 2, 4), (2,)),
+        (so.per_filter(axis=0), (4, 2, 3, 3), (4,)),
+        (so.per_channel_block(2, "conv", axis=0), (4, 2, 3, 3), (2,)),
         (so.per_head(axis=1), (6, 3, 2), (3,)),
         (so.RadialGroup(index_axes=(-1, 0)), (7, 3, 5), (7, 5)),
         (so.RadialGroup(index_axes=(0, -1), num_blocks=2), (7, 3, 4), (7, 2)),
@@ -69,6 +73,102 @@ def test_prefix_covers_a_subtree():
 def test_joint_label_makes_one_unit():
     groups = {"conv": so.per_channel_block(2, joint="conv"), "dense": None}
     assert radial_units(groups, PARAMS) == [{0: groups["conv"], 1: groups["conv"]}]
+
+
+@dataclasses.dataclass
+class CallableTree:
+    kernel: object
+
+    def __call__(self, x):
+        raise AssertionError("a tree of groups was called")
+
+
+jax.tree_util.register_dataclass(CallableTree)
+
+
+def test_a_callable_tree_is_a_tree():
+    params = CallableTree(jnp.ones((2, 3)))
+    assert radial_units(CallableTree(FILTER), params) == [{0: FILTER}]
+    assert radial_units(CallableTree(None), params) == []
+    partial = jax.tree_util.Partial(lambda params: jax.tree.map(lambda _: FILTER, params))
+    assert radial_units(partial, params) == [{0: FILTER}]
+
+
+def blocks(*names, **leaves):
+    """One module of these leaves under each name; a slash in a name is a level."""
+    tree = {}
+    for name in names:
+        node = tree
+        for key in name.split("/"):
+            node = node.setdefault(key, {})
+        node.update(leaves)
+    return tree
+
+
+KERNEL, BIAS = jnp.ones((2, 3)), jnp.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "joint", "params", "label", "paths"),
+    [
+        (
+            r"(query)/(kernel|bias)",
+            r"\1",
+            blocks("block0/query", "block1/query", kernel=KERNEL, bias=BIAS),
+            "query",
+            ["block0/query/bias", "block1/query/bias"],
+        ),
+        (
+            r"(query)/kernel",
+            r"\1",
+            blocks("encoder/query", "decoder/query", kernel=KERNEL),
+            "query",
+            ["decoder/query/kernel", "encoder/query/kernel"],
+        ),
+        (
+            "kernel",
+            "all",
+            blocks("conv", "Conv_1", "conv_10", kernel=KERNEL),
+            "all",
+            ["conv/kernel", "conv_10/kernel"],
+        ),
+        ("kernel", "all", [{"kernel": KERNEL}] * 3, "all", ["0/kernel", "1/kernel", "2/kernel"]),
+        (
+            "kernel",
+            "all",
+            {"net/conv2d/kernel": KERNEL, "net/conv2d_1/kernel": KERNEL},
+            "all",
+            ["net/conv2d/kernel", "net/conv2d_1/kernel"],
+        ),
+        (
+            "linear.*/(w|b)$",
+            "all",
+            {"net/linear": {"w": KERNEL, "b": BIAS}, "net/~/linear_1": {"w": KERNEL}},
+            "all",
+            ["net/linear/w", "net/~/linear_1/w"],
+        ),
+    ],
+    ids=["blocks", "no digits", "flax names", "list", "keras names", "haiku names"],
+)
+def test_a_label_for_the_same_layer_of_several_blocks(pattern, joint, params, label, paths):
+    rules = so.groups_by_path({pattern: so.per_layer(joint)})
+    message = f"joint label {label!r} to {paths}, the same layer of several blocks, expected one "
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        so.adamsrt(0.1, groups=rules).init(params)
+    assert r'r"(.*)/(kernel|bias)" with joint=r"\1"' in str(error.value)
+
+
+def test_labels_that_several_modules_may_share():
+    """Layers of different kinds; and whatever two rules, or a tree of groups, say."""
+    params = blocks("conv", "time", kernel=KERNEL, bias=BIAS)
+    rules = so.groups_by_path({r"(conv|time)/(kernel|bias)": so.per_layer("sum")})
+    assert [list(unit) for unit in radial_units(rules, params)] == [[0, 1, 2, 3]]
+    params = blocks("block0/query", "block1/query", kernel=KERNEL)
+    two = so.groups_by_path({"0/query": so.per_layer("both"), "1/query": so.per_layer("both")})
+    one_each = so.groups_by_path({r"(.*query)/kernel": so.per_layer(r"\1")})
+    assert [list(unit) for unit in radial_units(two, params)] == [[0, 1]]
+    assert [list(unit) for unit in radial_units(so.per_layer("both"), params)] == [[0, 1]]
+    assert [list(unit) for unit in radial_units(one_each, params)] == [[0], [1]]
 
 
 def test_joint_label_expands_per_module():
@@ -119,6 +219,115 @@ def test_table():
         "conv/kernel   (3, 3, 2, 4)  2       38                 conv",
         "dense/kernel  (6, 5)        -       -                  -",
     ]
+
+
+def test_table_has_no_lines_for_absent_leaves():
+    params = {"a": None, "b": jnp.ones((2, 3)), "c": None}
+    assert table({"a": None, "b": True, "c": None}, params).splitlines()[1:] == [
+        "b     (2, 3)  3       2                  -"
+    ]
+    evidence = [so.Finding(path, (), f"verdict on {path}") for path in params]
+    found = so.FoundGroups({"a": None, "b": FILTER, "c": None}, tuple(evidence), 0.0, 1.0, 3)
+    assert [line.split()[0] for line in table(found, params).splitlines()[1:-1]] == ["b"]
+    assert "verdict on b" in table(found, params)
+
+
+@pytest.mark.parametrize(
+    ("group", "shape", "axes"),
+    [
+        (FILTER, (8, 3, 3, 3), (0,)),
+        (FILTER, (8, 1, 3, 3), (0,)),
+        (FILTER, (64, 64, 7, 7), (0,)),
+        (FILTER, (64, 16, 1, 1), (0,)),
+        (FILTER, (8, 4, 3, 3, 3), (0,)),
+        (so.per_channel_block(3), (8, 4, 3, 3), (0,)),
+        (so.RadialGroup((0, -1)), (5, 8, 4, 3, 3), (0, 1)),
+    ],
+)
+def test_windows_taken_for_channels(group, shape, axes):
+    params = {"conv": {"weight": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    message = re.escape(f"conv/weight of shape {shape}") + ".*" + re.escape(f"index_axes={axes}")
+    for show in (lambda: units_at_init(group, params), lambda: table(group, params)):
+        with pytest.warns(UserWarning, match=message) as warned:
+            show()
+        assert len(warned) == 1
+        assert f"found groups on its last axis, of size {shape[-1]}" in str(warned[0].message)
+        assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("group", "shape"),
+    [
+        *[(FILTER, (3, 3, n, m)) for n in (1, 2, 3, 64) for m in (1, 2, 3, 64)],
+        (FILTER, (7, 7, 3, 64)),
+        (FILTER, (4, 4, 3, 3)),
+        (FILTER, (1, 1, 8, 8)),
+        (FILTER, (1, 7, 4, 4)),
+        (FILTER, (16, 16, 3, 768)),
+        (FILTER, (3, 8, 3, 3)),
+        (FILTER, (48, 16, 32, 32)),
+        (FILTER, (3, 3, 3, 8, 8)),
+        (FILTER, (512, 8, 8)),
+        (FILTER, (8, 3)),
+        (so.per_head(-2), (12, 8, 4, 4)),
+        (LAYER, (8, 3, 3, 3)),
+        (so.per_filter(axis=0), (8, 3, 3, 3)),
+        (so.per_filter(axis=3), (8, 3, 3, 3)),  # meant, where it is named from the front
+        (so.RadialGroup((0, -1)), (8, 3, 3, 3, 3)),  # stacked kernels
+    ],
+)
+def test_channels_that_are_no_window(group, shape):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        units = units_at_init(group, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert units == [{0: group}]
+
+
+def test_keras_variables():
+    """Named by paths in one flat dictionary, or in the order of a list."""
+    params = {"seq/conv2d/kernel": KERNEL, "seq/conv2d/bias": BIAS}
+    rules = so.groups_by_path({"conv2d/kernel": True})
+    tree = {"seq/conv2d/kernel": True, "seq/conv2d/bias": None}
+    assert radial_units(rules, params) == radial_units(tree, params) == [{1: FILTER}]
+    assert radial_units([True, None], [KERNEL, BIAS]) == [{0: FILTER}]
+    assert radial_units(so.groups_by_path({"^0$": True}), [KERNEL, BIAS]) == [{0: FILTER}]
+
+
+@dataclasses.dataclass
+class KerasVariable:
+    """What matters of one here: it is no array, and its dtype is a string."""
+
+    value: jax.Array
+    shape: tuple[int, ...] = (2, 3)
+    dtype: str = "float32"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (jax.nn.relu, "<.*> of type "),
+        ("SAME", "'SAME' of type str"),
+        (KerasVariable(KERNEL), "KerasVariable.* of type KerasVariable"),
+        (jax.random.key(0), "a random key of dtype key<fry>"),
+    ],
+    ids=["function", "string", "keras variable", "random key"],
+)
+def test_a_whole_model_as_parameters(leaf, found):
+    params = {"layer": {"kernel": KERNEL, "other": leaf}}
+    rules = so.groups_by_path({"kernel": True})
+    message = (
+        rf"layer/other: expected an array of parameters, found {found}.*pass the parameters "
+        r"alone: nnx\.state\(model, nnx\.Param\)"
+    )
+    tx = so.adamsrt(0.1, groups=rules)
+    state = tx.init({"layer": {"kernel": KERNEL, "other": BIAS}})
+    for use in (
+        lambda: table(rules, params),
+        lambda: tx.init(params),
+        lambda: tx.update(params, state, params),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use()
 
 
 def test_numpy_scalars_are_taken():

@@ -14,6 +14,7 @@ import spherical_optax as so
 from spherical_optax import geometry
 
 OPTIMIZERS = {"adams": so.adams, "adamsrt": so.adamsrt, "sgdmrt": so.sgdmrt, "adamg": so.adamg}
+OPTIMIZERS |= {"adamsw": so.adamsw, "adamsrtw": so.adamsrtw}
 
 
 # --- against the textbook formulas ------------------------------------------------------
@@ -26,6 +27,7 @@ def test_float64_formula(name, x64):
     x, grads = rng.normal(size=(7, 3)), rng.normal(size=(20, 7, 3))
     lr, decay = 0.02, 0.0 if name == "adamg" else 0.05
     adam = {"lr": lr, "b1": 0.8, "b2": 0.95, "eps": 1e-8, "weight_decay": decay}
+    adam["decoupled"] = name.endswith("w")
     if name == "sgdmrt":
         given = {"momentum": 0.8, "dampening": 0.3, "weight_decay": decay}
         tx = so.sgdmrt(lr, groups=so.per_filter(), **given)
@@ -33,10 +35,19 @@ def test_float64_formula(name, x64):
     else:
         kwargs = {} if name == "adamg" else {"weight_decay": decay}
         tx = OPTIMIZERS[name](lr, b1=0.8, b2=0.95, groups=so.per_filter(), **kwargs)
-        how = {"transport": name != "adams", "on_unit_sphere": name == "adamg"}
+        how = {"transport": name not in ("adams", "adamsw"), "on_unit_sphere": name == "adamg"}
         paths = [reference.adam_family(x[:, i], grads[:, :, i], **adam, **how) for i in range(3)]
     path = run(tx, jnp.asarray(x), jnp.asarray(grads))
     np.testing.assert_allclose(np.stack(path), np.stack(paths, axis=-1), rtol=1e-10, atol=1e-12)
+
+
+def test_a_decay_rate_scheduled_to_zero_stays_finite():
+    """Compiled, this schedule ends at -1e-8, which has no logarithm."""
+    schedule = optax.linear_schedule(0.9, 0.0, 20)
+    assert jax.jit(schedule)(20) < 0
+    x, tx = jnp.array([3.0, 4.0]), optax.inject_hyperparams(so.adams)
+    path = run(tx(0.1, b1=schedule, groups=so.per_layer()), x, [x] * 21)
+    assert np.isfinite(path[-1]).all()
 
 
 # --- against optax ----------------------------------------------------------------------
@@ -49,6 +60,8 @@ def test_float64_formula(name, x64):
         (so.adamsrt(1e-2, groups=None), optax.adam(1e-2)),
         (so.adamg(1e-2, b2=0.9, groups=None), optax.adam(1e-2, b2=0.9)),
         (so.adams(1e-2, groups=None, mu_dtype="bfloat16"), optax.adam(1e-2, mu_dtype="bfloat16")),
+        (so.adamsw(1e-2, groups=None), optax.adamw(1e-2)),
+        (so.adamsrtw(1e-2, groups=None, weight_decay=0.1), optax.adamw(1e-2, weight_decay=0.1)),
         (so.sgdmrt(1e-2, 0.8, groups=None), optax.sgd(1e-2, 0.8)),
         (
             so.adamsrt(optax.cosine_decay_schedule(0.1, 5), groups=None, weight_decay=0.1),
@@ -57,7 +70,16 @@ def test_float64_formula(name, x64):
             ),
         ),
     ],
-    ids=["adams", "adamsrt", "adamg", "mu_dtype", "sgdmrt", "schedule and decay"],
+    ids=[
+        "adams",
+        "adamsrt",
+        "adamg",
+        "mu_dtype",
+        "adamsw",
+        "adamsrtw",
+        "sgdmrt",
+        "schedule and decay",
+    ],
 )
 def test_leaves_without_a_group_follow_optax_to_the_bit(ours, theirs, dtype):
     rng = np.random.default_rng(0)
@@ -243,6 +265,29 @@ def test_scan_stacked_layers_are_the_unstacked_ones(x64):
     np.testing.assert_allclose(stacked, jnp.stack(unstacked), rtol=1e-11)
     wrong = fit(stacked_loss, kernels, so.per_filter())  # sums over the layers as well
     assert np.abs(wrong - stacked).max() > 1e-3
+
+
+# --- weights far from their sphere ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params_dtype", "updates_dtype", "length", "turned"),
+    [
+        ("bfloat16", "bfloat16", 1024.0, 0.02),
+        ("float32", "bfloat16", 1024.0, 0.02),
+        ("bfloat16", "float32", 1024.0, 0.02),
+        ("float32", "float32", 1e6, 1e-4),
+        ("bfloat16", "bfloat16", 1e-3, 0.02),
+    ],
+)
+def test_adamg_reaches_its_sphere_from_afar(params_dtype, updates_dtype, length, turned):
+    """An update is a difference of weights: in few digits it cannot hold a large fraction."""
+    x = np.random.default_rng(0).normal(size=(64, 128))
+    x = jnp.asarray(length * x / np.linalg.norm(x), params_dtype)
+    tx = so.adamg(0.1, groups=so.per_layer())
+    *_, end = run(tx, x, [jnp.zeros_like(x, updates_dtype)] * 12)
+    assert geometry.norm(end, so.per_layer()) == pytest.approx(1, rel=1e-2)
+    assert geometry.angle(end.astype("float32"), x.astype("float32"), so.per_layer()) < turned
 
 
 # --- the state's size -------------------------------------------------------------------

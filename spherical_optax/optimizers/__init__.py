@@ -5,6 +5,7 @@ required: a spherical optimizer without groups is just Adam or momentum SGD.
 """
 
 from spherical_optax.optimizers._adamp import adamp, sgdp
+from spherical_optax.optimizers._decoupled import adamsrtw, adamsw
 from spherical_optax.optimizers._fixed_radius import (
     hyperball,
     rotational,
@@ -20,6 +21,8 @@ __all__ = [
     "adamp",
     "adams",
     "adamsrt",
+    "adamsrtw",
+    "adamsw",
     "hyperball",
     "rotational",
     "rotational_adamw",

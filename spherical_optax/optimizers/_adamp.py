@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax._checks import check_number
+from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
+from spherical_optax.optimizers._parts import learning_rates
 from spherical_optax.transforms import project_if_tangent
 
 
@@ -18,7 +20,9 @@ def adamp(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     delta: jax.typing.ArrayLike = 0.1,
     wd_ratio: jax.typing.ArrayLike = 0.1,
     nesterov: bool = False,
@@ -37,7 +41,10 @@ def adamp(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Decoupled decay.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
       delta: Threshold of the cosine of gradient and weight, times sqrt(d).
       wd_ratio: Factor of the decay where projected, in [0, 1].
       nesterov: Whether to use b1 m + (1 - b1) g in place of m, corrected as m is (unlike
@@ -47,8 +54,8 @@ def adamp(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -67,13 +74,14 @@ def adamp(
       Heo et al., AdamP: slowing down the slowdown for momentum optimizers on
       scale-invariant weights, ICLR 2021.
     """
-    check_learning_rate("adamp", learning_rate)
     for name, value, below in (("b1", b1, 1.0), ("b2", b2, 1.0), ("eps", eps, float("inf"))):
         check_number("adamp", name, value, below=below)
     adam = _scale_by_nesterov_adam(b1, b2, eps) if nesterov else optax.scale_by_adam(b1, b2, eps)
     return optax.chain(
-        project_if_tangent(adam, groups, delta=delta, weight_decay=weight_decay, wd_ratio=wd_ratio),
-        optax.scale_by_learning_rate(learning_rate),
+        project_if_tangent(
+            adam, groups, delta=delta, weight_decay=weight_decay, mask=mask, wd_ratio=wd_ratio
+        ),
+        learning_rates("adamp", learning_rate, other_learning_rate, groups),
     )
 
 
@@ -108,7 +116,9 @@ def sgdp(
     dampening: jax.typing.ArrayLike = 0.0,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     delta: jax.typing.ArrayLike = 0.1,
     wd_ratio: jax.typing.ArrayLike = 0.1,
     nesterov: bool = False,
@@ -126,7 +136,10 @@ def sgdp(
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd`, with decoupled decay.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Decoupled decay, divided by 1 - momentum.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
       delta: Threshold of the cosine of gradient and weight, times sqrt(d).
       wd_ratio: Factor of the decay where projected, in [0, 1].
       nesterov: Whether to use Nesterov momentum.
@@ -135,8 +148,8 @@ def sgdp(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -154,7 +167,6 @@ def sgdp(
     References:
       Heo et al., AdamP, ICLR 2021.
     """
-    check_learning_rate("sgdp", learning_rate)
     check_number("sgdp", "momentum", momentum, below=1)
     check_number("sgdp", "dampening", dampening, below=1)
     dampened = not (isinstance(dampening, int | float) and dampening == 0)
@@ -165,8 +177,9 @@ def sgdp(
             groups,
             delta=delta,
             weight_decay=weight_decay / (1 - momentum),
+            mask=mask,
             wd_ratio=wd_ratio,
             first_moments=() if nesterov else ("trace",),
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rates("sgdp", learning_rate, other_learning_rate, groups),
     )

@@ -1,16 +1,17 @@
 """Optimizers that keep each group's radius and set the angle of a step: Hyperball, rotational."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees
-from spherical_optax._checks import check_learning_rate, check_number
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax._checks import check_learning_rate, check_number, check_transformation
+from spherical_optax._masks import Mask, in_groups
+from spherical_optax.groups import Groups
+from spherical_optax.optimizers._at_init import require_direction, require_spheres
+from spherical_optax.optimizers._parts import decayed_weights, learning_rates
 from spherical_optax.transforms import center_updates, normalize_updates, project_radial, retract
 
 
@@ -28,11 +29,15 @@ def hyperball(
     ```
 
     with w the direction of `inner` and r the radius at `init`. AdamH is
-    `hyperball(optax.scale_by_adam(), ...)`, MuonH
-    `hyperball(optax.contrib.scale_by_muon(), ...)`.
+    `hyperball(optax.scale_by_adam(), ...)`; MuonH is the second example.
+
+    Groups need a radius: initialise output projections with something else than zeros. Where
+    `init` is traced, as by `jax.jit`, their values cannot be looked at, and a group of norm zero
+    stays close to zero.
 
     Args:
-      inner: The transformation that gives the direction.
+      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
+        a whole optimizer, whose update has its sign turned already.
       learning_rate: A number or a schedule: the length of a step relative to the radius.
       groups: See the module `spherical_optax.groups`.
       other_learning_rate: That of leaves without a group, which take inner's update as it
@@ -42,60 +47,40 @@ def hyperball(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a learning rate is negative; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If inner is no transformation or a learning rate is negative; at
+        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
+        entry or is known to have norm zero, or inner's updates point against the gradients.
 
     Examples:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=so.per_layer())
       >>> params = jnp.array([3., 4.])
       >>> updates, _ = tx.update(jnp.array([1., 2.]), tx.init(params), params)
       >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
       Array(5., dtype=float32)
+      >>> axes = lambda tree: jax.tree.map(
+      ...     lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
+      >>> muon = optax.contrib.scale_by_muon(weight_dimension_numbers=axes)
+      >>> labels = lambda tree: jax.tree.map(
+      ...     lambda leaf: "muon" if leaf.ndim == 2 else "adam", tree)
+      >>> direction = optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
+      >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+      >>> tx = so.hyperball(direction, 0.1, groups={"kernel": so.per_layer(), "bias": None})
+      >>> updates, _ = tx.update(params, tx.init(params), params)
 
     References:
       Wen et al., Hyperball, 2026.
     """
-    other = learning_rate if other_learning_rate is None else other_learning_rate
-    check_learning_rate("hyperball", learning_rate)
-    check_learning_rate("hyperball", other)
+    check_transformation("hyperball", inner)
     return optax.chain(
-        _require_groups("hyperball", groups),
+        require_spheres("hyperball", groups),
+        require_direction("hyperball", inner, groups),
         inner,
         normalize_updates(groups),
-        optax.masked(optax.scale_by_learning_rate(learning_rate), _in_groups(groups, True)),
-        optax.masked(optax.scale_by_learning_rate(other), _in_groups(groups, False)),
+        learning_rates("hyperball", learning_rate, other_learning_rate, groups),
         retract(groups),
     )
-
-
-def _in_groups(groups: Groups, wanted: bool) -> Callable[[Any], Any]:
-    """A mask for `optax.masked`: the leaves with a group, or those without."""
-
-    def mask(tree: Any) -> Any:
-        grouped = {i for unit in radial_units(groups, tree) for i in unit}
-        leaves, treedef = _trees.flatten_boxes(tree)
-        return treedef.unflatten(
-            [None if leaf is None else (i in grouped) is wanted for i, leaf in enumerate(leaves)]
-        )
-
-    return mask
-
-
-def _require_groups(who: str, groups: Groups) -> optax.GradientTransformation:
-    """Raises at `init` if no leaf has a group."""
-
-    def init(params: optax.Params) -> optax.EmptyState:
-        leaves = _trees.visible_leaves(params)
-        if leaves and not radial_units(groups, params):
-            raise ValueError(
-                f"{who}: expected a group for at least one leaf, found none among "
-                f"{[leaf.path for leaf in leaves]}."
-            )
-        return optax.EmptyState()
-
-    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
 
 
 def rotational(
@@ -105,6 +90,7 @@ def rotational(
     *,
     groups: Groups,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     decay: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-8,
     center: bool = False,
@@ -117,25 +103,30 @@ def rotational(
     ```
 
     with w the direction of `inner` and r the radius at `init`. Leaves without a group
-    step by learning_rate (w + weight_decay x).
+    step by learning_rate (w + weight_decay x). Groups need a radius, as in `hyperball`.
 
     Args:
-      inner: The transformation that gives the direction.
+      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
+        a whole optimizer, whose update has its sign turned already.
       learning_rate: A number or a schedule, for leaves without a group.
       average_angle: A number or a schedule, in radians per step.
       groups: See the module `spherical_optax.groups`.
       weight_decay: Decoupled decay of leaves without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       decay: Decay rate of the running mean of squared update norms, in [0, 1).
       eps: Added to the running norm.
-      center: Whether to remove the mean of each group's update; centre the weights before
-        `init` with `geometry.center`.
+      center: Whether to remove the mean of each group's update, so that weights stay centred;
+        they must be so at `init`: see `center_params`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at
+        `init`, if `groups` or `mask` does not fit the parameters, no leaf has a group, a group
+        has one entry, is known to have norm zero or a mean that `center` forbids, or inner's
+        updates point against the gradients.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -150,32 +141,70 @@ def rotational(
       Kosson et al., Rotational Equilibrium: how weight decay balances learning across
       neural networks, ICML 2024, section 4.
     """
+    check_transformation("rotational", inner)
     check_learning_rate("rotational", learning_rate)
-    check_number("rotational", "weight_decay", weight_decay)
-    if not callable(average_angle):
-        check_number("rotational", "average_angle", average_angle)
+    check_learning_rate("rotational", average_angle, "average_angle")
     others = optax.chain(
-        optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)
+        decayed_weights("rotational", weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
     )
     return optax.chain(
-        _require_groups("rotational", groups),
+        require_direction("rotational", inner, groups),
+        _rotational(
+            "rotational", inner, average_angle, others, groups, decay=decay, eps=eps, center=center
+        ),
+    )
+
+
+def _rotational(
+    who: str,
+    inner: optax.GradientTransformation,
+    average_angle: optax.ScalarOrSchedule,
+    others: optax.GradientTransformation,
+    groups: Groups,
+    *,
+    center: bool,
+    decay: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """The rotational variant of `inner`, with the rest of the step of leaves without a group."""
+    return optax.chain(
+        require_spheres(who, groups, center=center),
         inner,
         center_updates(groups) if center else optax.identity(),
         project_radial(groups),
         normalize_updates(groups, decay=decay, eps=eps),
-        optax.masked(optax.scale_by_learning_rate(average_angle), _in_groups(groups, True)),
-        optax.masked(others, _in_groups(groups, False)),
+        optax.masked(optax.scale_by_learning_rate(average_angle), in_groups(groups, True)),
+        optax.masked(others, in_groups(groups, False)),
         retract(groups),
     )
 
 
 def _equilibrium(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: Any, factor: Any
-) -> optax.ScalarOrSchedule:
-    """The angle sqrt(2 learning_rate weight_decay) factor, at each step."""
+    who: str,
+    learning_rate: optax.ScalarOrSchedule,
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    weight_decay: Any,
+    factor: Any,
+) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
+    """The angle sqrt(2 learning_rate weight_decay factor), and other leaves' learning rate."""
+    other = learning_rate if other_learning_rate is None else other_learning_rate
+    check_learning_rate(who, learning_rate)
+    check_learning_rate(who, other, "other_learning_rate")
+    check_number(who, "weight_decay", weight_decay)
+    if not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0:
+        raise ValueError(
+            f"{who}: expected weight_decay above 0, found 0: the angle follows from it, and groups "
+            "would not turn; use rotational(inner, ..., average_angle), or hyperball."
+        )
+
+    def angle(rate: Any) -> jax.Array:
+        # A schedule that ends at 0 may be rounded to just below it.
+        return jnp.sqrt(jnp.maximum(2 * rate * weight_decay * factor, 0.0))
+
     if callable(learning_rate):
-        return lambda count: jnp.sqrt(2 * learning_rate(count) * weight_decay) * factor
-    return jnp.sqrt(2 * learning_rate * weight_decay) * factor
+        return lambda count: angle(learning_rate(count)), other
+    return angle(learning_rate), other
 
 
 def rotational_adamw(
@@ -185,7 +214,9 @@ def rotational_adamw(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 1e-2,
+    mask: Mask = None,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rotational AdamW: groups turn as AdamW turns them in equilibrium.
@@ -201,15 +232,19 @@ def rotational_adamw(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
-      weight_decay: Decoupled decay; with the learning rate it sets the angle.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
+        without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       center: See `rotational`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
+        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -225,17 +260,14 @@ def rotational_adamw(
     """
     check_number("rotational_adamw", "b1", b1, below=1)
     check_number("rotational_adamw", "b2", b2, below=1)
-    check_learning_rate("rotational_adamw", learning_rate)
-    check_number("rotational_adamw", "weight_decay", weight_decay)
-    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt((1 - b1) / (1 + b1)))
-    return rotational(
-        optax.scale_by_adam(b1, b2, eps),
-        learning_rate,
-        angle,
-        groups=groups,
-        weight_decay=weight_decay,
-        center=center,
+    angle, rate = _equilibrium(
+        "rotational_adamw", learning_rate, other_learning_rate, weight_decay, (1 - b1) / (1 + b1)
     )
+    others = optax.chain(
+        decayed_weights("rotational_adamw", weight_decay, mask), optax.scale_by_learning_rate(rate)
+    )
+    adam = optax.scale_by_adam(b1, b2, eps)
+    return _rotational("rotational_adamw", adam, angle, others, groups, center=center)
 
 
 def rotational_sgdm(
@@ -243,7 +275,9 @@ def rotational_sgdm(
     momentum: jax.typing.ArrayLike = 0.9,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 1e-4,
+    mask: Mask = None,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rotational momentum SGD: groups turn as momentum SGD turns them in equilibrium.
@@ -256,16 +290,20 @@ def rotational_sgdm(
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.sgd`, with decoupled decay.
-      weight_decay: With the learning rate it sets the angle.
+        `optax.sgd` after `optax.add_decayed_weights`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: With the learning rate it sets the angle; factor of the L2 term of leaves
+        without a group, before the momentum, as the angle assumes.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       center: See `rotational`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
+        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -280,17 +318,13 @@ def rotational_sgdm(
       Kosson et al., ICML 2024, table 1.
     """
     check_number("rotational_sgdm", "momentum", momentum, below=1)
-    check_learning_rate("rotational_sgdm", learning_rate)
-    check_number("rotational_sgdm", "weight_decay", weight_decay)
-    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt(1 / (1 + jnp.asarray(momentum))))
-    return rotational(
-        optax.trace(momentum),
-        learning_rate,
-        angle,
-        groups=groups,
-        weight_decay=weight_decay,
-        center=center,
+    angle, rate = _equilibrium(
+        "rotational_sgdm", learning_rate, other_learning_rate, weight_decay, 1 / (1 + momentum)
     )
+    coupled = decayed_weights("rotational_sgdm", weight_decay, mask)
+    sgdm = optax.chain(optax.masked(coupled, in_groups(groups, False)), optax.trace(momentum))
+    others = optax.scale_by_learning_rate(rate)
+    return _rotational("rotational_sgdm", sgdm, angle, others, groups, center=center)
 
 
 def rotational_lion(
@@ -299,7 +333,9 @@ def rotational_lion(
     b2: jax.typing.ArrayLike = 0.99,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 1e-3,
+    mask: Mask = None,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Rotational Lion: groups turn as Lion turns them in equilibrium.
@@ -314,15 +350,19 @@ def rotational_lion(
       b2: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.lion`.
-      weight_decay: With the learning rate it sets the angle.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
+        without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
+        a prefix of one, or a function of the parameters that returns one; all if `None`.
       center: See `rotational`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters or gives no leaf a group.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
+        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -338,15 +378,16 @@ def rotational_lion(
     """
     check_number("rotational_lion", "b1", b1, below=1)
     check_number("rotational_lion", "b2", b2, below=1)
-    check_learning_rate("rotational_lion", learning_rate)
-    check_number("rotational_lion", "weight_decay", weight_decay)
     spread = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
-    angle = _equilibrium(learning_rate, weight_decay, jnp.sqrt(math.pi / 2 * spread))
-    return rotational(
-        optax.scale_by_lion(b1, b2),
+    angle, rate = _equilibrium(
+        "rotational_lion",
         learning_rate,
-        angle,
-        groups=groups,
-        weight_decay=weight_decay,
-        center=center,
+        other_learning_rate,
+        weight_decay,
+        math.pi / 2 * spread,
     )
+    others = optax.chain(
+        decayed_weights("rotational_lion", weight_decay, mask), optax.scale_by_learning_rate(rate)
+    )
+    lion = optax.scale_by_lion(b1, b2)
+    return _rotational("rotational_lion", lion, angle, others, groups, center=center)

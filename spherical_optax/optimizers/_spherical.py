@@ -1,12 +1,12 @@
 """AdamS, AdamSRT, SGD-MRT and AdamG: the optimizers of the paper."""
 
-from typing import Any
-
 import jax
 import optax
 
-from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax._checks import check_number
+from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
+from spherical_optax.optimizers._parts import decayed_weights, learning_rates
 from spherical_optax.transforms import (
     retract,
     scale_by_adamg_star,
@@ -17,14 +17,6 @@ from spherical_optax.transforms import (
 )
 
 
-def _coupled_decay(who: str, weight_decay: Any) -> optax.GradientTransformation:
-    """L2 regularisation: added to the gradient, before the moments."""
-    check_number(who, "weight_decay", weight_decay)
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay)
-
-
 def adams(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -32,7 +24,9 @@ def adams(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamS: Adam with one second moment per radially invariant group.
@@ -43,6 +37,10 @@ def adams(
     x' = x - learning_rate sqrt(d) mhat / (sqrt(vhat) + eps)
     ```
 
+    There is no `nesterov`, as no such form is published (for one, put
+    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
+    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
+
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
@@ -50,15 +48,18 @@ def adams(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
-      weight_decay: Factor of the coupled L2 term, for all leaves.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Factor of the coupled L2 term.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -77,11 +78,10 @@ def adams(
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022.
     """
-    check_learning_rate("adams", learning_rate)
     return optax.chain(
-        _coupled_decay("adams", weight_decay),
+        decayed_weights("adams", weight_decay, mask),
         scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rates("adams", learning_rate, other_learning_rate, groups),
     )
 
 
@@ -92,13 +92,19 @@ def adamsrt(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamSRT: AdamS whose moments are rescaled and transported as the groups move.
 
     The update is that of `adams`; the moments are carried as `transport_moments` does, and
     kept as `scale_by_adamsrt` says.
+
+    There is no `nesterov`, as no such form is published (for one, put
+    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
+    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
 
     Args:
       learning_rate: A number or a schedule.
@@ -107,16 +113,19 @@ def adamsrt(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
-      weight_decay: Factor of the coupled L2 term, for all leaves. In groups it acts
-        1 - b1 times as strongly as in `adams`: its momentum is radial, and not carried.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Factor of the coupled L2 term. In groups it acts 1 - b1 times as strongly
+        as in `adams`: its momentum is radial, and not carried.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -135,11 +144,10 @@ def adamsrt(
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022.
     """
-    check_learning_rate("adamsrt", learning_rate)
     return optax.chain(
-        _coupled_decay("adamsrt", weight_decay),
+        decayed_weights("adamsrt", weight_decay, mask),
         scale_by_adamsrt(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rates("adamsrt", learning_rate, other_learning_rate, groups),
     )
 
 
@@ -149,7 +157,9 @@ def sgdmrt(
     dampening: jax.typing.ArrayLike = 0.0,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGD-MRT: momentum SGD whose momentum is rescaled and transported.
@@ -159,23 +169,29 @@ def sgdmrt(
     m = momentum m + (1 - dampening) g        x' = x - learning_rate m
     ```
 
+    There is no `nesterov`, as no such form is published: for one, put
+    `transport_moments(optax.trace(momentum, nesterov=True), groups)` before the learning rate.
+
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd`.
-      weight_decay: Factor of the coupled L2 term, for all leaves. In groups it acts
-        1 - momentum times as strongly as in `optax.sgd` after
-        `optax.add_decayed_weights`: its momentum is radial, and not carried.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Factor of the coupled L2 term. In groups it acts 1 - momentum times as
+        strongly as in `optax.sgd` after `optax.add_decayed_weights`: its momentum is
+        radial, and not carried.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
       accumulator_dtype: dtype of the momentum; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -194,15 +210,14 @@ def sgdmrt(
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022.
     """
-    check_learning_rate("sgdmrt", learning_rate)
     check_number("sgdmrt", "momentum", momentum, below=1)
     check_number("sgdmrt", "dampening", dampening, below=1)
     dampened = not (isinstance(dampening, (int, float)) and dampening == 0)
     return optax.chain(
-        _coupled_decay("sgdmrt", weight_decay),
+        decayed_weights("sgdmrt", weight_decay, mask),
         optax.scale(1 - dampening) if dampened else optax.identity(),
         transported_trace(momentum, groups=groups, accumulator_dtype=accumulator_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rates("sgdmrt", learning_rate, other_learning_rate, groups),
     )
 
 
@@ -213,6 +228,7 @@ def adamg(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamG: Adam on the unit sphere of each group.
@@ -222,7 +238,12 @@ def adamg(
     x' = (x - learning_rate mhat / (sqrt(vhat) + eps)) / |same|
     ```
 
-    and m is transported from x to x'. The first step puts each group on its sphere.
+    and m is transported from x to x'. The first step puts each group on its sphere, or the
+    first few where it is far longer: see `retract`.
+
+    There is no `nesterov`, as no such form is published (for one, put
+    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
+    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
 
     Args:
       learning_rate: A number or a schedule: the angle of a step, in radians, to first
@@ -232,6 +253,7 @@ def adamg(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
@@ -258,14 +280,13 @@ def adamg(
       Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G), in
       the form of the code of Roburin et al., Neurocomputing 2022.
     """
-    check_learning_rate("adamg", learning_rate)
     return optax.chain(
         transport_moments(
             scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype, sqrt_dim=False),
             groups,
             rescale=False,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        learning_rates("adamg", learning_rate, other_learning_rate, groups),
         retract(groups, radius=1.0),
     )
 
@@ -282,13 +303,15 @@ def adamg_star(
 
     Equal to SGD to high order in its effective learning rate: what the growing radius does
     to SGD's steps, the second moment does here. The first step puts each group on its
-    sphere, after which its radius is 1.
+    sphere, after which its radius is 1, or the first few where it is far longer: see
+    `retract`.
 
     Args:
       learning_rate: That of the SGD, a number.
       weight_decay: Its L2 factor, a number.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD
-        with L2.
+        with L2, at the same rate, which is part of the equivalence; `optax.partition` gives
+        them another.
 
     Returns:
       The optimizer; `update` needs params.

@@ -8,6 +8,7 @@ state has the structure of the parameters.
 
 from spherical_optax.transforms._adamg_star import ScaleByAdamGStarState, scale_by_adamg_star
 from spherical_optax.transforms._adams import ScaleByAdamsState, scale_by_adams
+from spherical_optax.transforms._center import center_params
 from spherical_optax.transforms._invariance import ProjectIfTangentState, project_if_tangent
 from spherical_optax.transforms._normalize import (
     NormalizeUpdatesState,
@@ -33,6 +34,7 @@ __all__ = [
     "ScaleByAdamsState",
     "TransportMomentsState",
     "TransportedTraceState",
+    "center_params",
     "center_updates",
     "normalize_updates",
     "project_if_tangent",

@@ -171,7 +171,7 @@ def bias_correction(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:
     """1 - decay^count, without cancellation."""
     log: Any = -math.inf
     if isinstance(decay, jax.Array):
-        log = jnp.log(decay)
+        log = jnp.log(jnp.maximum(decay, 0.0))  # a schedule may end just below 0
     elif decay > 0:
         log = math.log(decay)
     return -jnp.expm1(count.astype(like.dtype) * log).astype(like.dtype)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_number, check_transformation
+from spherical_optax._masks import Mask, in_mask
 from spherical_optax._sums import inners
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
 from spherical_optax.sharding import laid_out
@@ -38,6 +39,7 @@ def project_if_tangent(
     *,
     delta: jax.typing.ArrayLike = 0.1,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     wd_ratio: jax.typing.ArrayLike = 0.1,
     first_moments: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,6 +61,8 @@ def project_if_tangent(
         projected, and decay in full.
       delta: Threshold of the cosine, at least 0.
       weight_decay: Decoupled decay, before the learning rate.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
       wd_ratio: Factor of the decay where projected, in [0, 1].
       first_moments: Fields of the inner state to project where the update is, as the
         published SGDP does to its momentum.
@@ -67,7 +71,8 @@ def project_if_tangent(
       A transformation with state `ProjectIfTangentState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at
+        `init`, if `groups` does
         not fit the parameters, the leaves of a joint label form different numbers of layers,
         or a name is no field of the inner state.
 
@@ -86,6 +91,7 @@ def project_if_tangent(
     References:
       Heo et al., AdamP, ICLR 2021, algorithm 2 and equation 11.
     """
+    check_transformation("project_if_tangent", inner)
     check_number("project_if_tangent", "delta", delta)
     check_number("project_if_tangent", "weight_decay", weight_decay)
     check_number("project_if_tangent", "wd_ratio", wd_ratio, most=1)
@@ -95,6 +101,7 @@ def project_if_tangent(
     def init(params: optax.Params) -> ProjectIfTangentState:
         units, inner_state = radial_units(groups, params), wrapped.init(params)
         _check_layers(units, params)
+        in_mask("project_if_tangent", mask, params)
         if names.first:
             check_moments("project_if_tangent", inner_state, params, units, names)
         return ProjectIfTangentState(inner_state)
@@ -111,6 +118,7 @@ def project_if_tangent(
         p, treedef = _trees.flatten(updates)
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
+        decays = in_mask("project_if_tangent", mask, params)
         units = present(radial_units(groups, params), g, updates)
         for unit in units:
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
@@ -123,7 +131,8 @@ def project_if_tangent(
             near_layer = _cosine(*whole) < delta / math.sqrt(group_size(layer, x))
             decay = weight_decay * jnp.where(near_group | near_layer, wd_ratio, 1)
             off = _radial(px, xx, near_group, near_layer)
-            _subtract(p, {i: i for i in unit}, off - decay, x, unit)
+            for i, group in unit.items():
+                _subtract(p, {i: i}, off - decay if decays[i] else off, x, {i: group})
             like = jax.typeof(xx)
             for place, part in fields_of(unit, fields, kept):
                 v = {i: kept[place[i]] for i in part}
@@ -131,7 +140,7 @@ def project_if_tangent(
                 vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
                 off = _radial(vx, of_part, near_group, near_layer)
                 _subtract(kept, place, off, x, part)
-        for i in elsewhere(units, p):
+        for i in (i for i in elsewhere(units, p) if decays[i]):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
         return treedef.unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
 

@@ -51,6 +51,9 @@ def normalize_updates(
     Times a learning rate, a tangent update then turns its group by that many radians, to
     first order. Leaves without a group keep their update.
 
+    The sign stays. It goes behind a `scale_by_*` and before `optax.scale_by_learning_rate`,
+    which turns the sign; behind a whole optimizer, which has turned it, a second time climbs.
+
     Args:
       groups: See the module `spherical_optax.groups`.
       decay: Decay rate of the running mean, in [0, 1), or `None` for this update's length.
@@ -131,7 +134,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     v - mean(v)
     ```
 
-    Weights that were centred before the first step, as by `geometry.center`, stay so.
+    Weights that were centred before the first step, as by `center_params`, stay so.
 
     Args:
       groups: See the module `spherical_optax.groups`.

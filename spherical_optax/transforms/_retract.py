@@ -11,6 +11,7 @@ from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, radial_units
 from spherical_optax.transforms._units import (
     check_group_state,
+    check_values,
     per_leaf,
     pick,
     present,
@@ -47,7 +48,9 @@ def retract(
       groups: See the module `spherical_optax.groups`.
       radius: The sphere's radius, or `"initial"` for that of each group at `init`, which
         is kept in the state so that repeated rounding does not drift. A group of norm
-        zero at `init` has no sphere, and steps freely.
+        zero at `init` has no sphere, and steps freely. To a given radius far below |x| it
+        takes several steps, each to |x| / 128, or |x| / 2 where updates have fewer digits
+        than float32: a step x' - x has lost the direction of an x' that is much shorter.
       method: `"normalize"`, or `"geodesic"` to follow the great circle.
 
     Returns:
@@ -56,7 +59,8 @@ def retract(
 
     Raises:
       TypeError, ValueError: If the radius is not positive or the method unknown; at
-        `init`, if `groups` does not fit the parameters.
+        `init`, if `groups` does not fit the parameters, or an initial radius is known to be
+        NaN or infinite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -79,6 +83,14 @@ def retract(
         units, x = radial_units(groups, params), _trees.flatten(params)[0]
         if not initial:
             return optax.EmptyState()
+        check_values(
+            "retract",
+            params,
+            units,
+            lambda x, unit: ~jnp.isfinite(geometry.norm(x, unit)),
+            "groups of finite norm",
+            "of norm NaN or infinite; look at how they were initialised",
+        )
         zeros = zeros_per_group(units, x)
         targets: dict[int, jax.Array] = {}
         for unit in units:
@@ -100,8 +112,12 @@ def retract(
             targets = _trees.flatten(state.target_radius)[0]
             check_group_state("retract", params, targets, units, x)
         for unit in present(units, v, updates):
-            target = jnp.asarray(radius) if targets is None else targets[next(iter(unit))]
             start = {i: geometry.wide(x[i]) for i in unit}
+            if targets is None:
+                shortest = _shortest(pick(unit, v)) * geometry.norm(start, unit)
+                target = jnp.maximum(jnp.asarray(radius), shortest)
+            else:
+                target = targets[next(iter(unit))]
             end = geometry.retract(start, pick(unit, v), unit, target, method)
             for i, group in unit.items():
                 step = (end[i] - start[i]).astype(v[i].dtype)
@@ -111,3 +127,8 @@ def retract(
         return treedef.unflatten(v), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shortest(v: dict[int, jax.Array]) -> float:
+    """How short a step may make a group, relative to its length, and keep its direction."""
+    return 1 / 128 if min(jnp.finfo(leaf.dtype).bits for leaf in v.values()) >= 32 else 1 / 2

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_transformation
 from spherical_optax.groups import Groups
 from spherical_optax.transforms._units import (
     Unit,
@@ -100,11 +101,7 @@ def transport_moments(
     References:
       Roburin et al., Neurocomputing 2022 (the RT transformation of AdamSRT).
     """
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"transport_moments: expected a gradient transformation as inner, found {inner!r}; "
-            "write transport_moments(optax.trace(0.9), groups)."
-        )
+    check_transformation("transport_moments", inner)
     names = Names(
         check_names("transport_moments", "first_moments", first_moments),
         check_names("transport_moments", "second_moments", second_moments),

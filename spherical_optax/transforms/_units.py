@@ -1,5 +1,6 @@
 """What the transforms share: leaves picked by unit, and state kept per group."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,6 +117,49 @@ def per_leaf(values: jax.Array, unit: Unit, like: Any) -> dict[int, jax.Array]:
         for i in unit
     }
     return kept if len(kept) == 1 else {i: jnp.array(value) for i, value in kept.items()}
+
+
+def check_values(
+    who: str,
+    params: Any,
+    units: list[Unit],
+    bad: Callable[[dict[int, Any], Unit], jax.Array],
+    expected: str,
+    found: str,
+) -> None:
+    """Raises a `ValueError` that counts the groups that are bad, where their values are known.
+
+    What is traced or abstract passes. Of each unit one number is read, which is the same on
+    every host.
+
+    Args:
+      who: The transform.
+      params: The parameters.
+      units: Their units.
+      bad: From a unit's arrays and the unit to one truth value per group.
+      expected: What groups should be, in words.
+      found: What bad groups are, and how to put it right.
+    """
+    leaves = _trees.visible_leaves(params)
+    counts: dict[int, jax.Array] = {}
+    for number, unit in enumerate(units):
+        x = {i: leaves[i].value for i in unit}
+        if all(_known(value) for value in x.values()):
+            counts[number] = jnp.sum(bad(x, unit))
+    known = {number: count for number, count in counts.items() if _known(count)}
+    for number, count in jax.device_get(known).items():
+        if count:
+            i, group = next(iter(units[number].items()))
+            total = math.prod(group.shape(leaves[i].value.shape))
+            raise ValueError(
+                f"{who}: {', '.join(leaves[i].path for i in units[number])}: expected {expected}, "
+                f"found {count} of {total} {found}."
+            )
+
+
+def _known(value: Any) -> bool:
+    """Whether this is an array whose values can be looked at."""
+    return isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
 
 
 def check_group_state(

@@ -1,0 +1,33 @@
+"""Looks at `--out` before the work starts, for every program here and in the benchmarks."""
+
+import pathlib
+import sys
+import tempfile
+from typing import NoReturn
+
+
+def check_out(out: pathlib.Path, *names: str) -> None:
+    """Makes the directory, and exits with a message if one of these files cannot be written there.
+
+    What is there already stays as it is.
+    """
+    files, at = [out / name for name in names], out
+    try:
+        for at in (*reversed(out.parents), out):
+            if at.exists() and not at.is_dir():
+                stop(at, "a directory", "a file")
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        for at in files:
+            if at.exists():
+                if not at.is_file():
+                    stop(at, "a file or nothing", "a directory")
+                at.open("r+b").close()
+    except OSError as error:
+        stop(at, "a place to write to", error.strerror or str(error))
+
+
+def stop(path: pathlib.Path, expected: str, found: str) -> NoReturn:
+    program = pathlib.Path(sys.argv[0]).name
+    raise SystemExit(f"{program}: --out: {path}: expected {expected}, found {found}")

@@ -1,0 +1,80 @@
+"""What optimizers that keep each group's radius check at `init`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax.optimizers._direction import check_direction
+from spherical_optax.transforms._center import off_center
+from spherical_optax.transforms._units import check_values
+
+
+def require_spheres(
+    who: str, groups: Groups, *, center: bool = False
+) -> optax.GradientTransformation:
+    """Raises at `init` unless there are groups and each of them has a direction to turn.
+
+    Args:
+      who: The optimizer.
+      groups: See the module `spherical_optax.groups`.
+      center: Whether groups must be centred.
+    """
+
+    def check(params: optax.Params) -> None:
+        leaves, units = _trees.visible_leaves(params), radial_units(groups, params)
+        if leaves and not units:
+            raise ValueError(
+                f"{who}: expected a group for at least one leaf, found none among "
+                f"{[leaf.path for leaf in leaves]}."
+            )
+        for unit in units:
+            size = group_size(unit, [leaf.value for leaf in leaves])
+            if size < 2:
+                raise ValueError(
+                    f"{who}: {', '.join(leaves[i].path for i in unit)}: expected groups of at "
+                    f"least 2 entries, found {size}: they have no direction to turn; give the leaf "
+                    "no group."
+                )
+        check_values(
+            who,
+            params,
+            units,
+            lambda x, unit: geometry.norm(x, unit) == 0,
+            "groups of norm above 0",
+            "of norm 0; initialise them otherwise, or give the leaf no group",
+        )
+        if center:
+            check_values(
+                who,
+                params,
+                units,
+                off_center,
+                "centred groups, as center=True keeps them",
+                "with a mean; pass the parameters through center_params(params, groups) first",
+            )
+
+    return _at_init(check)
+
+
+def require_direction(
+    who: str, inner: optax.GradientTransformation, groups: Groups
+) -> optax.GradientTransformation:
+    """Raises at `init` if the updates of a transformation point against the gradients."""
+
+    def check(params: optax.Params) -> None:
+        units = radial_units(groups, params)
+        if units:
+            check_direction(who, inner, params, units)
+
+    return _at_init(check)
+
+
+def _at_init(check: Callable[[Any], None]) -> optax.GradientTransformation:
+    def init(params: optax.Params) -> optax.EmptyState:
+        check(params)
+        return optax.EmptyState()
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))

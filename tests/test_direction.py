@@ -1,0 +1,170 @@
+"""Hyperball and rotational take directions, and turn the sign themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trajectory import run
+
+import spherical_optax as so
+
+GROUPS = so.groups_by_path(
+    {"conv": so.per_channel_block(3), r"(dense\d)/": so.per_layer(joint=r"\1")}
+)
+WARM_UP = optax.linear_schedule(0.0, 1e-3, 100)
+
+
+def params_of(dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv": {"kernel": (3, 3, 2, 6)},
+        "dense0": {"kernel": (5, 4), "bias": (4,)},
+        "dense1": {"kernel": (4, 4), "bias": (4,)},
+        "norm": {"scale": (6,), "gain": ()},
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+RATES = jax.tree.map(lambda leaf: 0.1, params_of())
+
+
+def of_matrices(tree):
+    return jax.tree.map(lambda leaf: "matrix" if leaf.ndim == 2 else "other", tree)
+
+
+def axes(tree):
+    return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
+
+
+def muon():
+    return optax.contrib.scale_by_muon(weight_dimension_numbers=axes)
+
+
+def hyperball(inner):
+    return so.hyperball(inner, 0.1, groups=GROUPS)
+
+
+def rotational(inner):
+    return so.rotational(inner, 0.1, 0.1, groups=GROUPS)
+
+
+WHOLE = {
+    "adam": optax.adam(1e-3),
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adamw": optax.adamw(1e-3),
+    "lion": optax.lion(1e-3),
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+    "injected": optax.inject_hyperparams(optax.adam)(1e-3),
+    "warm-up": optax.adam(WARM_UP),
+    "injected warm-up": optax.inject_hyperparams(optax.adam)(WARM_UP),
+    "adamsrt": so.adamsrt(1e-3, groups=GROUPS),
+    "in part": optax.partition({"matrix": muon(), "other": optax.adam(1e-3)}, of_matrices),
+    "labels of all paths": optax.partition(
+        {"matrix": optax.sgd(0.1), "other": optax.trace(0.9)}, of_matrices(params_of())
+    ),
+    "a rate for every leaf": optax.stateless(
+        lambda updates, params: jax.tree.map(lambda update, rate: -rate * update, updates, RATES)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_optimizer_is_refused(name):
+    message = r"hyperball: expected inner to give a direction, found that its update of \w+/\w+ poi"
+    with pytest.raises(ValueError, match=message):
+        hyperball(WHOLE[name]).init(params_of())
+
+
+def test_wherever_init_is(dtype):
+    params = params_of(dtype)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    tx = rotational(optax.adam(1e-3))
+    for init in (
+        lambda: tx.init(params),
+        lambda: jax.jit(tx.init)(params),
+        lambda: jax.vmap(tx.init)(stacked),
+        lambda: jax.eval_shape(tx.init, params),
+        lambda: optax.masked(tx, {**dict.fromkeys(params, True), "norm": False}).init(params),
+    ):
+        with pytest.raises(ValueError, match=r"rotational: expected inner to give a direction"):
+            init()
+
+
+DIRECTIONS = {
+    "scale_by_adam": optax.scale_by_adam(),
+    "trace": optax.trace(0.9, nesterov=True),
+    "scale_by_lion": optax.scale_by_lion(),
+    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam()),
+    "decayed": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
+    "by label": optax.partition(
+        {"matrix": muon(), "other": optax.scale_by_adam()}, of_matrices(params_of())
+    ),
+    "scale_by_adamsrt": so.scale_by_adamsrt(groups=GROUPS),
+    "transport_moments": so.transport_moments(optax.scale_by_adam(nesterov=True), GROUPS),
+    "projected": optax.chain(optax.scale_by_adam(), so.project_radial(GROUPS)),
+    "once against": optax.scale_by_schedule(lambda count: jnp.where(count == 1, -1.0, 1.0)),
+    "zero": optax.set_to_zero(),
+    "with other arguments": optax.scale_by_polyak(),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_direction_passes(name):
+    hyperball(DIRECTIONS[name]).init(params_of())
+
+
+def test_one_block_of_many_is_looked_at():
+    """What is run has an array per kind of leaf, whatever the number of layers."""
+    seen = []
+
+    def init(params):
+        seen.append(jax.tree.map(np.shape, params, is_leaf=lambda leaf: leaf is None))
+        return optax.EmptyState()
+
+    params = {f"layer{i}": {"kernel": jnp.ones((9, 300, 8)), "bias": jnp.ones(8)} for i in range(9)}
+    params["other"] = jnp.ones((4, 4))
+    inner = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+    so.hyperball(inner, 0.1, groups={**dict.fromkeys(params), "other": True}).init(params)
+    small, whole = seen
+    assert small["layer0"] == {"kernel": (2, 2, 2), "bias": (2,)}
+    assert small["layer1"] == small["layer8"] == {"kernel": (), "bias": ()}
+    assert whole["layer8"] == {"kernel": (9, 300, 8), "bias": (8,)}
+
+
+WRAPPERS = {
+    "hyperball": hyperball,
+    "rotational": rotational,
+    "project_if_tangent": lambda inner: so.project_if_tangent(inner, GROUPS),
+    "transport_moments": lambda inner: so.transport_moments(inner, GROUPS),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_inner_must_be_a_transformation(name):
+    message = rf"{name}: expected a gradient transformation as inner, found "
+    with pytest.raises(TypeError, match=message + r"3; pass one, such as optax\.trace\(0\.9\)\."):
+        WRAPPERS[name](3)
+    with pytest.raises(TypeError, match=message + r"<function scale_by_adam .*; call it\."):
+        WRAPPERS[name](optax.scale_by_adam)
+
+
+def test_muonh_on_a_tree_of_dictionaries():
+    """Its matrices take Muon's direction at the initial radius; the other leaves follow Adam."""
+    params = params_of()
+    direction = optax.partition({"matrix": muon(), "other": optax.scale_by_adam()}, of_matrices)
+    groups = so.groups_by_path({r"dense\d/kernel": so.per_layer()})
+    tx = so.hyperball(direction, 0.1, groups=groups, other_learning_rate=0.01)
+    _, after = run(tx, params, [params])
+    kernel = params["dense0"]["kernel"]
+    w, _ = muon().update(kernel, muon().init(kernel))
+    radius = np.linalg.norm(kernel)
+    moved = kernel - 0.1 * radius * w / np.linalg.norm(w)
+    expected = radius * moved / np.linalg.norm(moved)
+    np.testing.assert_allclose(after["dense0"]["kernel"], expected, rtol=1e-4)
+    adam = run(optax.adam(0.01), params["norm"], [params["norm"]])
+    np.testing.assert_allclose(after["norm"]["scale"], adam[-1]["scale"], rtol=1e-6)
