@@ -14,6 +14,7 @@ from flax import nnx
 
 import spherical_optax as so
 from spherical_optax import _trees, geometry
+from spherical_optax.detection._experiment import Experiment
 from spherical_optax.groups import radial_units
 
 FILTER, LAYER = so.per_filter(), so.per_layer()
@@ -628,7 +629,7 @@ def test_unclear_leaves_are_named_and_get_no_group():
     """A small part of the input beside the kernel's: nearly invariant, and not quite."""
 
     def fn(params, x):
-        return rms_norm(x @ params["kernel"] + 3e-4 * x)
+        return rms_norm(x @ params["kernel"] + 1e-3 * x)
 
     with pytest.warns(UserWarning, match=r"found ones between for \['kernel \(whole .*no group"):
         groups = so.find_radial_groups(fn, zeros(kernel=(6, 6)), VECTORS)
@@ -738,3 +739,99 @@ def test_nnx_variables_mutated_from_outside():
     graphdef, params, rest = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param, ...)
     with pytest.raises(ValueError, match=r"mutates variables made outside.*copy=True"):
         so.find_radial_groups(lambda p, x: nnx.merge(graphdef, p, rest)(x), params, IMAGES)
+
+
+# --- nothing found, or too little -------------------------------------------------------
+
+
+def evaluated(params, x):
+    """BatchNorm with running statistics."""
+    return jax.nn.relu(0.3 * (x @ params["k"]) + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "x", "message"),
+    [
+        (evaluated, VECTORS, r"no group is radially invariant.*BatchNorm in evaluation mode"),
+        (
+            lambda p, x: (batch_norm(x @ p["k"]), {"mean": (x @ p["k"]).mean(0)}),
+            VECTORS,
+            r"no group .*returns updated statistics beside the outputs",
+        ),
+        (
+            lambda p, x: (batch_norm(x @ p["k"]) ** 2).mean() + 0.01 * (p["k"] ** 2).sum(),
+            VECTORS,
+            r"no group .*loss with L2",
+        ),
+        (
+            lambda p, x: x[:1] * 0 + batch_norm(x[:1] @ p["k"]),
+            VECTORS,
+            r"1 of 1 kernels have no effect on the outputs, k first.*batch of one",
+        ),
+    ],
+    ids=["evaluation mode", "statistics returned", "L2", "one sample"],
+)
+def test_warns_where_nothing_is_found(fn, x, message):
+    with pytest.warns(UserWarning, match=message):
+        groups = so.find_radial_groups(fn, zeros(k=(6, 6)), x)
+    assert groups == {"k": None}
+
+
+def test_scaling_that_changes_the_outputs_is_reported_with_its_number(monkeypatch):
+    """The confirmation has the last word; here it is told of a change."""
+    fn, params, x, _ = MODELS["resnet"][0]()
+    paths = [leaf.path for leaf in _trees.visible_leaves(params)]
+
+    def change(self, number, units, still=()):
+        return 0.5 * any(paths[i] == "deep1/kernel" for unit in units for i in unit)
+
+    monkeypatch.setattr(Experiment, "change", change)
+    with pytest.warns(UserWarning, match=r"they change for \['deep1/kernel \(5e-01\)'\]"):
+        groups = so.find_radial_groups(fn, params, x)
+    found, _ = without_labels(groups, params)
+    assert found == {p: g for p, g in MODELS["resnet"][1].items() if p != "deep1/kernel"}
+
+
+def test_check_names_evaluation_mode_where_all_groups_fail():
+    message = r"(?s)1 of 1 groups.*None is invariant.*use training mode"
+    with pytest.raises(ValueError, match=message):
+        so.check_radial_groups(evaluated, zeros(k=(6, 6)), {"k": FILTER}, VECTORS)
+
+
+def test_check_names_invariant_kernels_without_a_group():
+    fn, params, x, _ = MODELS["bias before BatchNorm"][0]()
+    mask = so.groups_by_path({"conv0/kernel": FILTER})
+    message = r"have no group, and are invariant: conv1/kernel \(RadialGroup\(index_axes=\(-1,\)\)"
+    with pytest.warns(UserWarning, match=message):
+        so.check_radial_groups(fn, params, mask, x)
+
+
+def test_a_right_mask_passes_without_a_word():
+    fn, params, x, _ = MODELS["GroupNorm with bias"][0]()
+    rules = {r"(conv\d)/(kernel|bias)": so.per_channel_block(4, joint=r"\1")}
+    so.check_radial_groups(fn, params, so.groups_by_path(rules), x)
+
+
+def test_progress():
+    lines = []
+    fn, params, x, _ = MODELS["LayerNorm"][0]()
+    so.find_radial_groups(fn, params, x, progress=lines.append)
+    assert all(line.startswith("find_radial_groups: ") for line in lines)
+    text = " ".join(lines)
+    assert "gradient at point 4 of 4" in text
+    assert "leaf 3 of 3: head/kernel" in text
+
+
+def test_epsilons_are_found_inside_other_programs():
+    """In a scan, under jit and remat; the size of what they are added to decides nothing."""
+
+    @jax.jit
+    def norm(x):
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
+
+    def fn(params, x):
+        step = jax.checkpoint(lambda x, w: (norm(x @ w), None))
+        return jax.lax.scan(step, x, params)[0]
+
+    tiny = 1e-2 * jax.random.normal(KEY, (3, 6, 6))
+    assert so.find_radial_groups(fn, tiny, VECTORS) == so.RadialGroup((0,))
