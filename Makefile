@@ -33,6 +33,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/memory.py --dtype float32 --out out/benchmarks
 	$(BIN)/python benchmarks/recorders.py --rounds 100 --out out/benchmarks
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
+	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
 
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt

@@ -51,6 +51,14 @@ def test_recorders(tmp_path):
     assert "the demo's network, 10 rounds" in printed
 
 
+@pytest.mark.slow
+def test_detection(tmp_path):
+    options = ["--small", "--model", "transformer"]
+    results, printed = run("detection.py", *options, out=tmp_path)
+    assert [row["with groups"] for row in results] == [24]
+    assert "find_radial_groups" in printed
+
+
 def test_unknown_optimizer(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "step.py"), "--optimizer", "adagrad"]
     result = subprocess.run(

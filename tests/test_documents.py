@@ -30,7 +30,7 @@ def blocks(name):
     ("name", "shown"),
     [
         ("README.md", [True, False, True]),
-        ("docs/groups.md", [True, False]),
+        ("docs/groups.md", [True, False, False]),
         ("docs/theory.md", [True, True, True, True]),
         ("docs/scaling.md", [True, True, False, True, True]),
     ],
