@@ -9,6 +9,13 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+# Most of the time goes into compiling small programs once: let that be quick, not good.
+# Older versions lack the first option; with them the compiler does what it does for users.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+DEFAULT_FLAGS = os.environ.get("XLA_FLAGS", "")
+if jax.__version_info__ >= (0, 10):
+    os.environ["XLA_FLAGS"] = f"{DEFAULT_FLAGS} {QUICK}"
+
 # Each worker writes to its own folder: JAX's cache files are not written atomically.
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update(
