@@ -10,6 +10,7 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
+from spherical_optax._sums import inners
 from spherical_optax.groups import Groups, group_size, radial_units
 from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._units import (
@@ -119,7 +120,8 @@ def scale_by_adams(
             grads = {i: geometry.wide(g[i]) for i in unit}
             m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
             v = nu[next(iter(unit))]
-            v = (1 - b2) * geometry.inner(grads, grads, unit).astype(v.dtype) + b2 * v
+            [square] = inners((grads,), [(0, 0)], unit)
+            v = (1 - b2) * square.astype(v.dtype) + b2 * v
             first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
             size = group_size(unit, g) if sqrt_dim else 1
             denominator = geometry.safe_sqrt(v / second) + eps
