@@ -476,6 +476,39 @@ def test_exports_to_cuda_and_tpu(entry):
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "project_radial",
+        "scale_by_adams",
+        "scale_by_adamsrt",
+        "transported_trace",
+        "transport_moments(trace)",
+        "retract(initial)",
+        "record_sphere",
+        "record_gradient",
+        "normalize_updates(decay)",
+        "center_updates",
+        "project_if_tangent",
+        "scale_by_adamg_star",
+    ],
+)
+def test_updates_of_other_paths_or_shapes_are_refused(name):
+    """Pairing leaves by number would give one's gradient to another's moment."""
+    who, tx, params, (g, *_) = name.split("(")[0], build(TABLE[name]), params_of(), gradients()
+    state = tx.init(params)
+    less, more = {**g, "head": {"kernel": g["head"]["kernel"]}}, {**g, "late": jnp.ones(3)}
+    turned = {**g, "head": {"kernel": g["head"]["kernel"].T, "bias": g["head"]["bias"]}}
+    paths = f"^{who}: expected updates with the paths of the parameters, found none for "
+    with pytest.raises(ValueError, match=paths + r"\['head/bias'\], and some for \[\]"):
+        tx.update(less, state, params)
+    with pytest.raises(ValueError, match=paths + r"\[\], and some for \['late'\]"):
+        tx.update(more, state, params)
+    shapes = r"head/kernel of shape \(5, 3\): expected updates of shape \(5, 3\), found \(3, 5\)"
+    with pytest.raises(ValueError, match=f"^{who}: {shapes}"):
+        tx.update(turned, state, params)
+
+
+@pytest.mark.parametrize(
     ("name", "transform"),
     [
         ("project_radial", "project_radial"),

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
-    check_group_state,
     per_leaf,
     pick,
     present,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -75,7 +74,7 @@ def scale_by_adamg_star(
     rate, beta = learning_rate, (1 - learning_rate * weight_decay) ** 4
 
     def init(params: optax.Params) -> ScaleByAdamGStarState:
-        units, x = radial_units(groups, params), _trees.flatten(params)[0]
+        units, x = resolve("scale_by_adamg_star", groups, params)
         zeros = zeros_per_group(units, x)
         values: dict[int, jax.Array] = {}
         for unit in units:
@@ -90,16 +89,15 @@ def scale_by_adamg_star(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamGStarState]:
         del extra_args
-        require_params("scale_by_adamg_star", params)
-        (g, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        kept, kept_treedef = _trees.flatten(state.accumulator)
-        units = radial_units(groups, params)
-        check_group_state("scale_by_adamg_star", params, kept, units, x)
+        check_type("scale_by_adamg_star", state, ScaleByAdamGStarState)
+        units, x, (g, kept), unflatten = pair(
+            "scale_by_adamg_star", groups, params, updates, (state.accumulator, per_group)
+        )
         steps: list[Any] = [
             None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
             for leaf, w in zip(g, x, strict=True)
         ]
-        for unit in present(units, g, updates):
+        for unit in present(units, g, params):
             v, grads = kept[next(iter(unit))], pick(unit, g)
             square = geometry.inner(pick(unit, x), pick(unit, x), unit)
             root = geometry.safe_sqrt(2 * beta * v)
@@ -110,6 +108,7 @@ def scale_by_adamg_star(
             v = beta * v + square * geometry.inner(grads, grads, unit)
             for i, value in per_leaf(v, unit, kept).items():
                 steps[i], kept[i] = scaled[i], value
-        return treedef.unflatten(steps), ScaleByAdamGStarState(kept_treedef.unflatten(kept))
+        updates, accumulator = unflatten(steps, kept)
+        return updates, ScaleByAdamGStarState(accumulator)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,8 +10,9 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax._sums import inners
-from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out
+from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
 from spherical_optax.transforms._transport import (
     Names,
     check_moments,
@@ -19,7 +20,7 @@ from spherical_optax.transforms._transport import (
     fields_of,
     find_moments,
 )
-from spherical_optax.transforms._units import Unit, elsewhere, pick, present, require_params
+from spherical_optax.transforms._units import Unit, elsewhere, pick, present
 
 
 class ProjectIfTangentState(NamedTuple):
@@ -93,7 +94,8 @@ def project_if_tangent(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ProjectIfTangentState:
-        units, inner_state = radial_units(groups, params), wrapped.init(params)
+        units, _ = resolve("project_if_tangent", groups, params)
+        inner_state = wrapped.init(params)
         _check_layers(units, params)
         if names.first:
             check_moments("project_if_tangent", inner_state, params, units, names)
@@ -105,13 +107,13 @@ def project_if_tangent(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectIfTangentState]:
-        require_params("project_if_tangent", params)
-        (g, _), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        check_type("project_if_tangent", state, ProjectIfTangentState)
+        units, x, (g,), _ = pair("project_if_tangent", groups, params, updates)
         updates, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
-        p, treedef = _trees.flatten(updates)
+        p, unflatten = aligned("project_if_tangent", params, updates)
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
-        units = present(radial_units(groups, params), g, updates)
+        units = present(units, g, params)
         for unit in units:
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
             sums = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)
@@ -133,7 +135,7 @@ def project_if_tangent(
                 _subtract(kept, place, off, x, part)
         for i in elsewhere(units, p):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
-        return treedef.unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
+        return unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
-    check_group_state,
     per_leaf,
     pick,
     present,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -76,7 +75,7 @@ def retract(
         check_number("retract", "radius", radius, above=0)
 
     def init(params: optax.Params) -> RetractState | optax.EmptyState:
-        units, x = radial_units(groups, params), _trees.flatten(params)[0]
+        units, x = resolve("retract", groups, params)
         if not initial:
             return optax.EmptyState()
         zeros = zeros_per_group(units, x)
@@ -93,13 +92,11 @@ def retract(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RetractState | optax.EmptyState]:
         del extra_args
-        require_params("retract", params)
-        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        units, targets = radial_units(groups, params), None
-        if initial:
-            targets = _trees.flatten(state.target_radius)[0]
-            check_group_state("retract", params, targets, units, x)
-        for unit in present(units, v, updates):
+        check_type("retract", state, RetractState if initial else optax.EmptyState)
+        fields = [(state.target_radius, per_group)] if initial else []
+        units, x, (v, *kept), unflatten = pair("retract", groups, params, updates, *fields)
+        targets = kept[0] if initial else None
+        for unit in present(units, v, params):
             target = jnp.asarray(radius) if targets is None else targets[next(iter(unit))]
             start = {i: geometry.wide(x[i]) for i in unit}
             end = geometry.retract(start, pick(unit, v), unit, target, method)
@@ -108,6 +105,6 @@ def retract(
                 if targets is not None:
                     step = jnp.where(geometry.spread(target > 0, x[i], group), step, v[i])
                 v[i] = step
-        return treedef.unflatten(v), state
+        return unflatten(v, *kept)[0], state
 
     return optax.GradientTransformationExtraArgs(init, update)

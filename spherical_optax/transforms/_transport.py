@@ -8,13 +8,11 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
     Unit,
-    check_group_state,
-    movable,
     per_leaf,
     pick,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -113,10 +111,9 @@ def transport_moments(
 
     def init(params: optax.Params) -> TransportMomentsState:
         inner_state = wrapped.init(params)
-        leaves = _trees.flatten(params)[0]
-        units = movable(groups, params)
+        units, x = resolve("transport_moments", groups, params, movable=True)
         check_moments("transport_moments", inner_state, params, units, names)
-        radius = state_like(params, zeros_per_group(units, leaves), zero)
+        radius = state_like(params, zeros_per_group(units, x), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
     def update(
@@ -125,12 +122,11 @@ def transport_moments(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TransportMomentsState]:
-        require_params("transport_moments", params)
-        x, _ = _trees.flatten(params)
-        radius, radius_treedef = _trees.flatten(state.radius)
+        check_type("transport_moments", state, TransportMomentsState)
+        units, x, (g, radius), unflatten = pair(
+            "transport_moments", groups, params, updates, (state.radius, per_group), movable=True
+        )
         first, second = find_moments(state.inner_state, params, names)
-        units = movable(groups, params)
-        check_group_state("transport_moments", params, radius, units, x)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)
         for unit in units:
@@ -166,9 +162,8 @@ def transport_moments(
                 m = {i: kept[field[i]] for i in part}
                 for i, tangent in geometry.project(m, pick(part, x), part).items():
                     kept[field[i]] = tangent
-        return updates, TransportMomentsState(
-            radius_treedef.unflatten(radius), inner_treedef.unflatten(kept)
-        )
+        _, radii = unflatten(g, radius)
+        return updates, TransportMomentsState(radii, inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -225,11 +220,11 @@ def check_moments(who: str, inner_state: Any, params: Any, units: list[Unit], na
     if any(leaf.value is not None for leaf in leaves):
         moments = {kept[place].keys for field in first + second for place in field.values()}
         _check_found(who, leaves, kept, moments, names)
-    for fields, per_group in ((first, False), (second, True)):
+    for fields, of_groups in ((first, False), (second, True)):
         for field in fields:
             for i, group in ((i, g) for unit in units for i, g in unit.items() if i in field):
                 expected = [leaves[i].value.shape]
-                if per_group:
+                if of_groups:
                     expected.append(group.shape(leaves[i].value.shape))
                 moment = kept[field[i]]
                 if moment.value.shape not in expected:
