@@ -10,7 +10,7 @@ from jax import lax
 
 from spherical_optax import geometry
 from spherical_optax.groups import RadialGroup
-from spherical_optax.sharding import laid_out
+from spherical_optax.sharding import laid_out, manual_axes
 
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
@@ -58,8 +58,9 @@ def _of_leaf(
         return [geometry.inner(wide[i], wide[j], group) for i, j in pairs]
 
     tiles = _tiles(arrays[0].shape, group)
-    # An array over several devices would be gathered by the loop.
-    if jax.device_count() > 1 or tiles is None:
+    # An array over several devices would be gathered by the loop; inside shard_map what a loop
+    # carries must vary over the same axes as what is added.
+    if jax.device_count() > 1 or manual_axes() or tiles is None:
         return plainly(*arrays)
     if len(pairs) == 1 and tiles.shape[-1] <= WIDE:  # one pass already
         return plainly(*arrays)

@@ -81,9 +81,9 @@ def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
         return
     if not all(varying(jax.lax.axis_index(axis)) for axis in axes):
         warnings.warn(
-            f"Sums over the groups are per shard inside jax.shard_map (axes {list(axes)}): they "
-            "are right only for parameters that are replicated, which check_vma=False leaves "
-            "unchecked. For others call update outside of it, under jax.jit.",
+            f"Sums over the groups are per shard on the axes {list(axes)}, inside jax.shard_map "
+            "with check_vma=False, or jax.pmap: right for parameters that are replicated, which "
+            "JAX does not tell here. For others call update outside of it, under jax.jit.",
             stacklevel=2,
         )
         return
