@@ -436,6 +436,46 @@ def test_zero_norm_groups_and_zero_gradients_stay_finite(entry, dtype):
     assert np.abs(np.asarray(moved["dense"]["kernel"], np.float64)).max() > 0
 
 
+# Of what is around Optax's Adam gradients are not finite where its second moment is 0.
+DIFFERENTIABLE = [
+    "project_radial",
+    "scale_by_adams",
+    "scale_by_adamsrt",
+    "transported_trace",
+    "transport_moments(trace)",
+    "retract(initial)",
+    "retract(geodesic)",
+    "record_sphere",
+    "record_gradient",
+    "scale_by_adamg_star",
+    "normalize_updates(decay)",
+    "center_updates",
+    "project_if_tangent",
+    "adamsrt",  # with L2, whose gradient is radial, and leaves a moment of rounding's size
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_through_two_updates_are_finite(name):
+    """For groups with no gradient and no weights, neither, or both, and moments of zero."""
+    tx = build(TABLE[name], so.per_filter())
+    weights, g = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 4)), "f4") for i in (0, 1))
+    weights, g = weights.at[:, :2].set(0), g.at[:, 1:3].set(0)
+    leaves, treedef = jax.tree.flatten(tx.init(weights))
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(values, g, params):
+        kept = dict(enumerate(leaves)) | dict(zip(floating, values, strict=True))
+        state = treedef.unflatten(kept.values())
+        for _ in range(2):
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return sum(leaf.astype("f4").sum() for leaf in jax.tree.leaves((updates, state)))
+
+    finite(jax.jit(gradient)([leaves[i] for i in floating], g, weights))
+
+
 def test_donated_buffers(entry, x64):
     tx, params, grads = build(entry), params_of("float64"), gradients("float64")
     expected = run(tx, params, grads)

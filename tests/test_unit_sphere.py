@@ -107,6 +107,19 @@ def test_sums_in_one_pass(x64):
             np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
 
 
+def test_the_gradient_of_sums_in_one_pass(x64):
+    shape, group, _ = TILES["blocks"]
+    x, y = (tree_of({"w": shape}, seed)["w"] for seed in (0, 1))
+    c = jnp.arange(4.0)
+
+    def weighted(x, y):
+        xx, xy = _sums.inners([{0: x}, {0: y}], [(0, 0), (0, 1)], {0: group})
+        return (c * (xx + xy)).sum()
+
+    found = jax.jit(jax.grad(weighted))(x, y)
+    np.testing.assert_allclose(found, geometry.scale(c, 2 * x + y, group), rtol=1e-12)
+
+
 def test_a_loop_where_single_passes_are_slow():
     """XLA's CPU compiler is slow where one sum has very many columns."""
 
@@ -160,6 +173,20 @@ def test_zero_groups_become_ordinary_once_they_move(name):
     updates, state = tx.update(jnp.array([[4.0, 0.0], [-3.0, 1.0]]), state, params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
     assert 0.1 < jnp.linalg.norm(updates[:, 0]) < 10
+
+
+@pytest.mark.parametrize("make", PAIRS["transported_trace"])
+def test_the_derivative_at_a_moment_of_zero_is_the_projection(make, x64):
+    tx, (x, m) = make(so.per_filter()), (tree_of({"w": (4, 3)}, seed)["w"] for seed in (0, 1))
+    _, state = tx.update(jnp.zeros_like(x), tx.init(x), x)  # so that there is a radius before
+
+    def update(trace):
+        return tx.update(jnp.zeros_like(x), optax.tree.set(state, trace=trace), x)[0]
+
+    _, found = jax.jvp(update, (jnp.zeros_like(x),), (m,))
+    scale = 1 if hasattr(state, "radius") else 1 / geometry.norm(x, so.per_filter())
+    expected = 0.8 * scale * geometry.project(m, x, so.per_filter())
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_moments_of_a_group_turned_by_90_degrees_are_lost():

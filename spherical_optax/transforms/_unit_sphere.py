@@ -96,7 +96,8 @@ def carry(
     # |m - <m, u> u|^2. Of a vector turned by 90 degrees rounding is left, not a direction.
     tangent = mm - geometry.safe_divide(mx, xx) * mx
     lost = tangent <= max(smallest, 16 * float(jnp.finfo(xx.dtype).eps)) * mm
-    kept = decay * jnp.where(lost, 0, jnp.sqrt(mm / jnp.where(lost, 1, tangent)))
+    length = geometry.safe_sqrt(jnp.where(lost, 0, mm)) / jnp.sqrt(jnp.where(lost, 1, tangent))
+    kept = decay * jnp.where(mm == 0, 1, length)  # at 0 for the gradient only
     radial = gain * gx / scale
     along = kept * geometry.safe_divide(mx, xx) + radial
     moment = {
