@@ -11,6 +11,8 @@ from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups
 from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
+    Unit,
+    evaluated,
     per_leaf,
     pick,
     present,
@@ -24,7 +26,8 @@ class RetractState(NamedTuple):
     """State of `retract(groups, radius="initial")`.
 
     Attributes:
-      target_radius: |x| of each group at `init`.
+      target_radius: |x| of each group at `init`, or a `jax.ShapeDtypeStruct` where the parameter
+        was one: a number would be a wrong radius.
     """
 
     target_radius: optax.Params
@@ -81,8 +84,11 @@ def retract(
         zeros = zeros_per_group(units, x)
         targets: dict[int, jax.Array] = {}
         for unit in units:
-            r = geometry.norm(pick(unit, x), unit)
-            targets |= per_leaf(r, unit, zeros)
+
+            def radii(x: Any, unit: Unit = unit) -> dict[int, jax.Array]:
+                return per_leaf(geometry.norm(x, unit), unit, zeros)
+
+            targets |= evaluated(radii, pick(unit, x))
         return RetractState(target_radius=state_like(params, targets, zero))
 
     def update(
