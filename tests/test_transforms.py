@@ -250,6 +250,31 @@ def test_bad_names_of_moments():
 
 
 @pytest.mark.parametrize(
+    ("inner", "state", "moment"),
+    [
+        (lambda: so.scale_by_adamsrt(groups=FILTER), "ScaleByAdamSRTState", "mu/kernel"),
+        (lambda: so.sgdmrt(0.1, groups=FILTER), "TransportedTraceState", "2/trace/kernel"),
+        (
+            lambda: optax.chain(optax.scale(2.0), so.adamg(0.1, groups=FILTER)),
+            "TransportMomentsState",
+            "1/0/inner_state/mu/kernel",
+        ),
+    ],
+)
+def test_what_is_carried_already_is_refused(inner, state, moment):
+    tx, params = so.transport_moments(inner(), FILTER), {"kernel": jnp.ones((3, 2))}
+    message = rf"nothing carries yet, found \['{moment}'.*\] in {state}: they would be .* twice"
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+
+
+def test_other_moments_beside_those_that_are_carried():
+    inner = optax.chain(so.transported_trace(0.9, groups=FILTER), optax.scale_by_adam())
+    tx = so.transport_moments(inner, FILTER, first_moments=("mu",))
+    assert tx.init({"kernel": jnp.ones((3, 2))}).radius["kernel"].shape == (2,)
+
+
+@pytest.mark.parametrize(
     "tx",
     [so.project_radial(so.per_layer("a")), so.retract(so.per_layer("a"))],
     ids=["project_radial", "retract"],

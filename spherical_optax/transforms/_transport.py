@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups
 from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
+from spherical_optax.transforms._unit_sphere import ScaleByAdamSRTState, TransportedTraceState
 from spherical_optax.transforms._units import (
     Unit,
     per_leaf,
@@ -80,8 +82,8 @@ def transport_moments(
     Raises:
       TypeError: If inner is no transformation, or the names are not tuples of strings.
       ValueError: At `init`, if none of the names is a field of the inner state, or not
-        all of those that were given; if a moment has another shape than its parameter; or
-        if `groups` does not fit.
+        all of those that were given; if a moment has another shape than its parameter, or
+        inner carries it already; or if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -113,6 +115,7 @@ def transport_moments(
         inner_state = wrapped.init(params)
         units, x = resolve("transport_moments", groups, params, movable=True)
         check_moments("transport_moments", inner_state, params, units, names)
+        _check_not_carried(inner_state, params, names)
         radius = state_like(params, zeros_per_group(units, x), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
@@ -233,6 +236,25 @@ def check_moments(who: str, inner_state: Any, params: Any, units: list[Unit], na
                         f"expected its moment {moment.path} to have shape "
                         f"{' or '.join(map(str, expected))}, found {moment.value.shape}."
                     )
+
+
+def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
+    """Raises a `ValueError` if a transformation in the inner one carries a moment itself."""
+    carrying = (TransportMomentsState, ScaleByAdamSRTState, TransportedTraceState)
+    kept = _trees.visible_leaves(inner_state)
+    first, second = find_moments(inner_state, params, names)
+    moments = [kept[place] for field in first + second for place in field.values()]
+    for path, node in jax.tree_util.tree_leaves_with_path(
+        inner_state, is_leaf=lambda node: isinstance(node, carrying)
+    ):
+        keys = tuple(_trees.key_name(key) for key in path)
+        carried = [leaf.path for leaf in moments if leaf.keys[: len(keys)] == keys]
+        if isinstance(node, carrying) and carried:
+            raise ValueError(
+                f"transport_moments: expected moments that nothing carries yet, found {carried} in "
+                f"{type(node).__name__}: they would be transported and rescaled twice; use the "
+                "inner transformation by itself."
+            )
 
 
 def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tuple[str, ...]:
