@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ from jax import lax
 
 from spherical_optax import geometry
 from spherical_optax.groups import RadialGroup
-from spherical_optax.sharding import laid_out
+from spherical_optax.sharding import laid_out, manual_axes
 
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
 ROWS = 8  # more than 16 are not unrolled by XLA's CPU compiler, and not vectorized
-BLOCKS, BLOCK = 8, 1 << 17  # at least so many, which bounds temporary memory; entries of one
+LANES = 8  # columns that a contiguous axis is cut into
+TILE, TILES = 1 << 15, 8  # entries, which the caches hold; at least so many, of a small array
+WIDE = 1 << 14  # columns; above, XLA's CPU compiler makes even one sum slow, by 20 times
 SMALL = 1 << 16  # entries; below, the loop costs more than the passes
 
 
@@ -55,59 +57,127 @@ def _of_leaf(
         wide = [each.astype(dtype) for each in arrays]
         return [geometry.inner(wide[i], wide[j], group) for i, j in pairs]
 
-    view = _blocks(arrays[0].shape, group)
-    # An array over several devices would be gathered by the loop.
-    if jax.device_count() > 1 or view is None:
+    tiles = _tiles(arrays[0].shape, group)
+    # An array over several devices would be gathered by the loop; inside shard_map what a loop
+    # carries must vary over the same axes as what is added.
+    if jax.device_count() > 1 or manual_axes() or tiles is None:
+        return plainly(*arrays)
+    if len(pairs) == 1 and tiles.shape[-1] <= WIDE:  # one pass already
         return plainly(*arrays)
 
-    def in_blocks(*arrays: jax.Array) -> list[jax.Array]:
-        return _in_blocks(arrays, pairs, group, dtype, view)
+    def in_tiles(*arrays: jax.Array) -> list[jax.Array]:
+        return _in_tiles(arrays, pairs, group, dtype, tiles)
 
-    return lax.platform_dependent(*arrays, cpu=in_blocks, default=plainly)
+    return lax.platform_dependent(*arrays, cpu=in_tiles, default=plainly)
 
 
-def _blocks(shape: tuple[int, ...], group: RadialGroup) -> tuple[int, int, int, int] | None:
-    """The shape (blocks, ROWS, rows, columns) to view an array as, if it is worth it.
+class Tiles(NamedTuple):
+    """How an array is cut, seen as (outer, summed, columns).
 
-    The leading axes that are summed are split; the others are columns.
+    Attributes:
+      shape: Of the view: leading axes that index groups, then axes that are summed, then all
+        others.
+      tile: Of a tile. What is left over of the summed entries is in none.
+      summed: The array's axes that are summed in tiles, from and to.
+      rows: In how many parts a tile's entries are added up first.
+      folded: Whether the columns are parts of each sum: an axis that is contiguous is cut, as
+        adding up along it is not vectorized.
     """
-    leading = _leading(group, len(shape))
-    rows = math.prod(shape[:leading])
-    if math.prod(shape) < SMALL or rows % ROWS != 0:
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    summed: tuple[int, int]
+    rows: int
+    folded: bool
+
+
+def _tiles(shape: tuple[int, ...], group: RadialGroup) -> Tiles | None:
+    """How to cut an array, if it is worth it."""
+    ndim, axes = len(shape), group.axes(len(shape))
+    start = next((axis for axis in range(ndim) if axis not in axes), ndim)
+    stop = next((axis for axis in range(start, ndim) if axis in axes), ndim)
+    if start == 0 and stop == ndim > 1:  # all is summed, the last axis at last
+        stop = ndim - 1
+    outer, summed, columns = (
+        math.prod(part) for part in (shape[:start], shape[start:stop], shape[stop:])
+    )
+    folded = columns == 1
+    if folded:
+        columns = math.gcd(summed, LANES)
+        summed //= columns
+    rows = min(ROWS, summed)
+    if math.prod(shape) < SMALL or rows < (4 if folded else 2):
         return None
-    least = max(BLOCKS, math.prod(shape) // BLOCK)
-    blocks = next((n for n in range(least, 4 * least) if rows // ROWS % n == 0), None)
-    if blocks is None:
-        return None
-    return blocks, ROWS, rows // ROWS // blocks, math.prod(shape[leading:])
+    entries = min(TILE, math.prod(shape) // TILES)
+    width = min(columns, entries // rows)
+    least = math.ceil(summed * width / entries)
+    height = max(summed // (least * rows), 1) * rows
+    depth = 1
+    if summed // height == 1 and width == columns:
+        depth = min(outer, max(1, entries // (summed * columns)))
+    return Tiles((outer, summed, columns), (depth, height, width), (start, stop), rows, folded)
 
 
-def _leading(group: RadialGroup, ndim: int) -> int:
-    """How many leading axes are summed, all but the last axis at most."""
-    return min((*group.axes(ndim), ndim - 1))
-
-
-def _in_blocks(
+def _in_tiles(
     arrays: Sequence[jax.Array],
     pairs: tuple[Pair, ...],
     group: RadialGroup,
     dtype: Any,
-    view: tuple[int, int, int, int],
+    tiles: Tiles,
 ) -> list[jax.Array]:
-    shape = arrays[0].shape
-    leading = _leading(group, len(shape))
+    (outer, summed, columns), (depth, height, width) = tiles.shape, tiles.tile
     zero = jnp.zeros((), dtype)
+    down, across = summed // height, math.ceil(columns / width)
 
     def add(a: Any, b: Any) -> Any:
         return tuple(p + q for p, q in zip(a, b, strict=True))
 
-    def body(totals: Any, block: Any) -> Any:
-        block = [each.astype(dtype) for each in block]
-        products = tuple(block[i] * block[j] for i, j in pairs)
-        sums = lax.reduce(products, (zero,) * len(pairs), add, (0,))
-        return totals + jnp.stack([each.sum(0) for each in sums]), None
+    def sums_of(corner: tuple[Any, ...]) -> jax.Array:
+        tile = [
+            lax.dynamic_slice(each, corner, tiles.tile)
+            .reshape(depth, tiles.rows, -1, width)
+            .astype(dtype)
+            for each in views
+        ]
+        products = tuple(tile[i] * tile[j] for i, j in pairs)
+        sums = lax.reduce(products, (zero,) * len(pairs), add, (1,))
+        found = jnp.stack([each.sum(1) for each in sums])
+        return found.sum(-1, keepdims=True) if tiles.folded else found
 
-    start = jnp.zeros((len(pairs), view[-1]), dtype)
-    totals, _ = lax.scan(body, start, tuple(each.reshape(view) for each in arrays))
-    rest = RadialGroup(tuple(axis - leading for axis in group.axes(len(shape))), group.num_blocks)
-    return [geometry.sum_groups(total.reshape(shape[leading:]), rest) for total in totals]
+    def one_place(count: Any, totals: jax.Array) -> jax.Array:
+        return totals + sums_of((0, count * height, 0))
+
+    def all_places(count: Any, totals: jax.Array) -> jax.Array:
+        row, place = count % down, count // down
+        # Slices are clamped: the last one of an axis lies over the one before it.
+        above, left = place // across * depth, place % across * width
+        found = sums_of((above, row * height, left))
+        if down > 1:
+            so_far = lax.dynamic_slice(totals, (0, above, left), found.shape)
+            found = found + jnp.where(row == 0, 0, so_far)
+        return lax.dynamic_update_slice(totals, found, (0, above, left))
+
+    views = [each.reshape(tiles.shape) for each in arrays]
+    places = math.ceil(outer / depth) * across
+    zeros = jnp.zeros((len(pairs), outer, 1 if tiles.folded else columns), dtype)
+    totals = lax.fori_loop(0, places * down, all_places if places > 1 else one_place, zeros)
+
+    shape, (start, stop) = arrays[0].shape, tiles.summed
+
+    def without(removed: int) -> RadialGroup:
+        axes = (axis if axis < start else axis - removed for axis in group.axes(len(shape)))
+        return RadialGroup(tuple(axes), group.num_blocks)
+
+    kept = (*shape[:start], *shape[stop:])
+    found = [geometry.sum_groups(total.reshape(kept), without(stop - start)) for total in totals]
+    if down * height == summed:
+        return found
+    left_over = [
+        each[:, down * height :].reshape(*shape[:start], -1, *shape[stop:]).astype(dtype)
+        for each in views
+    ]
+    of_left_over = without(stop - start - 1)
+    return [
+        total + geometry.inner(left_over[i], left_over[j], of_left_over)
+        for total, (i, j) in zip(found, pairs, strict=True)
+    ]

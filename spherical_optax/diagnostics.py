@@ -16,13 +16,8 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
-from spherical_optax.transforms._units import (
-    Unit,
-    per_leaf,
-    pick,
-    require_params,
-    zeros_as,
-)
+from spherical_optax.transforms._pair import check_type, pair, resolve
+from spherical_optax.transforms._units import Unit, per_leaf, pick, zeros_as
 
 
 class SphereMetrics(NamedTuple):
@@ -344,7 +339,7 @@ def _recorder(
     groups: Groups,
     measure: Callable[[Any, Any, Unit], jax.Array],
     metrics: tuple[int, ...],
-    state_type: Callable[[Any], Any],
+    state_type: type[Any],
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that keeps what `measure` finds: per group, or rows of such values."""
 
@@ -353,8 +348,7 @@ def _recorder(
         return zeros_as(lambda x: jnp.broadcast_to(geometry.norm(x, group), shape), x)
 
     def init(params: optax.Params) -> Any:
-        x = _trees.flatten(params)[0]
-        units = radial_units(groups, params)
+        units, x = resolve(who, groups, params)
         return state_type(
             _nested({i: blank(x[i], group) for unit in units for i, group in unit.items()}, params)
         )
@@ -366,10 +360,10 @@ def _recorder(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        require_params(who, params)
-        (v, _), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        check_type(who, state, state_type)
+        units, x, (v,), _ = pair(who, groups, params, updates)
         values: dict[int, jax.Array] = {}
-        for unit in radial_units(groups, params):
+        for unit in units:
             # A missing update is a step of zero.
             there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in unit}
             found = measure(there, pick(unit, x), unit)

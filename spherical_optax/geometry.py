@@ -251,7 +251,8 @@ def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
     # What is left of a vector turned by 90 degrees is rounding, not a direction.
     smallest = min(float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(m)) ** 2
     lost = after <= smallest * before
-    return scale(safe_sqrt(safe_divide(before, jnp.where(lost, 0, after))), t, group)
+    length = safe_divide(safe_sqrt(before), safe_sqrt(jnp.where(lost, 0, after)))
+    return scale(jnp.where(before == 0, 1, length), t, group)  # at 0 for the gradient only
 
 
 def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:

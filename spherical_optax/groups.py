@@ -497,7 +497,8 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     Raises:
       TypeError: If something other than groups is given, or a leaf with a group is
         not of a real floating dtype.
-      ValueError: If `groups` does not fit the tree; the message names the path.
+      ValueError: If `groups` does not fit the tree, or `optax.masked` hides part of a joint
+        group; the message names the path.
     """
     leaves = _trees.leaves_with_paths(tree)
     if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
@@ -506,7 +507,9 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
         _check_parameter(leaf)
     given = _given(groups, tree)
     by = _by_rules if isinstance(given, PathRules) else _by_prefix
-    found = [_checked(leaf, group) for leaf, group in zip(leaves, by(given, leaves), strict=True)]
+    said = by(given, leaves)
+    found = [_checked(leaf, group) for leaf, group in zip(leaves, said, strict=True)]
+    _check_none_hidden(leaves, said, found)
     return _units(
         [(leaf, group) for leaf, group in zip(leaves, found, strict=True) if not leaf.hidden]
     )
@@ -519,6 +522,11 @@ def _given(groups: Any, tree: Any) -> Any:
             raise TypeError(
                 f"groups: expected a group, found a function; call {helper.__name__}(...)."
             )
+    if hasattr(groups, "init") and hasattr(groups, "update"):
+        raise TypeError(
+            "groups: expected groups, found a gradient transformation; compose transformations "
+            "with optax.chain, and give each its groups, such as per_filter()."
+        )
     # What jax.tree looks into is a tree, be it a module that can be called.
     is_tree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(groups))
     if callable(groups) and (not is_tree or isinstance(groups, jax.tree_util.Partial)):
@@ -544,6 +552,30 @@ def _check_parameter(leaf: _trees.Leaf) -> None:
         "alone: nnx.state(model, nnx.Param), eqx.filter(model, eqx.is_inexact_array), or "
         "{v.path: v.value for v in model.trainable_variables} of a Keras model."
     )
+
+
+def _check_none_hidden(
+    leaves: list[_trees.Leaf],
+    given: list[RadialGroup | bool | None],
+    found: list[RadialGroup | None],
+) -> None:
+    """Raises a `ValueError` where `optax.masked` hides only some leaves of a joint group."""
+    hidden: dict[str | None, list[str]] = {}
+    for leaf, group in zip(leaves, given, strict=True):
+        if leaf.hidden and isinstance(group, RadialGroup) and group.joint is not None:
+            hidden.setdefault(group.joint, []).append(leaf.path)
+    for group in found if hidden else ():
+        if group is not None and group.joint in hidden:
+            visible = [
+                leaf.path
+                for leaf, other in zip(leaves, found, strict=True)
+                if other is not None and other.joint == group.joint
+            ]
+            raise ValueError(
+                f"groups: joint label {group.joint!r}: expected all its leaves or none, found "
+                f"{visible}, while optax.masked or optax.partition hides {hidden[group.joint]}: "
+                "the rest would be another group. Give all of them to one transformation."
+            )
 
 
 def _units(

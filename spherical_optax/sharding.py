@@ -3,8 +3,11 @@
 Moments are sharded as their parameters are, and one value per group as the parameter is on
 the axes that index the groups. Where the axes of the mesh are explicit, types say so from
 `init` on; where they are automatic, `state_sharding` tells it to the compiler.
+Inside `jax.shard_map` an array is one device's part, and so would sums be: refused.
 """
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -46,6 +49,53 @@ def laid_out(values: jax.Array, shape: tuple[int, ...], sharding: Any) -> jax.Ar
     mesh = sharding.mesh if _explicit(sharding) else now.sharding.mesh
     spec = PartitionSpec(*sharding.spec, *(None for _ in shape[len(sharding.spec) :]))
     return reshard(values, NamedSharding(mesh, spec))
+
+
+def manual_axes() -> tuple[str, ...]:
+    """The axes of the mesh that `jax.shard_map` has made manual here."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The manual axes over which an array differs, where `jax.shard_map` keeps track of it."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
+    """Checks that a device has the whole of some leaves, whose sums are taken.
+
+    Args:
+      who: The transform.
+      params: The parameters.
+      numbers: Those of the leaves, as `_trees.flatten` counts.
+
+    Raises:
+      ValueError: If `jax.shard_map` has cut one of them.
+
+    Warns:
+      UserWarning: If `jax.shard_map` does not keep track of what it has cut.
+    """
+    axes, numbers = manual_axes(), list(numbers)
+    if not axes or not numbers:
+        return
+    if not all(varying(jax.lax.axis_index(axis)) for axis in axes):
+        warnings.warn(
+            f"Sums over the groups are per shard on the axes {list(axes)}, inside jax.shard_map "
+            "with check_vma=False, or jax.pmap: right for parameters that are replicated, which "
+            "JAX does not tell here. For others call update outside of it, under jax.jit.",
+            stacklevel=2,
+        )
+        return
+    leaves = _trees.visible_leaves(params)
+    for leaf in (leaves[i] for i in numbers):
+        if found := varying(leaf.value):
+            raise ValueError(
+                f"{who}: {leaf.path} of shape {leaf.value.shape}: expected a whole parameter, "
+                f"found one that differs over the manual axes {sorted(found)} of jax.shard_map: a "
+                "group's sum would be per shard. Call init and update outside of it, under "
+                "jax.jit, where arrays keep their global shapes."
+            )
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any) -> Any:

@@ -100,8 +100,10 @@ TABLE = {
     "adamsrtw": Entry(so.adamsrtw, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "sgdmrt": Entry(so.sgdmrt, {"learning_rate": 0.1, "momentum": 0.8, "dampening": 0.1}),
     "adamg": Entry(so.adamg, {"learning_rate": 0.1, "b1": 0.8}),
-    "adamg_star": Entry(functools.partial(so.adamg_star, 0.1, 0.1), {}),
-    "scale_by_adamg_star": Entry(functools.partial(so.scale_by_adamg_star, 0.1, 0.1), {}),
+    "adamg_star": Entry(so.adamg_star, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    "scale_by_adamg_star": Entry(
+        so.scale_by_adamg_star, {"learning_rate": 0.1, "weight_decay": 0.1}
+    ),
     "normalize_updates": Entry(so.normalize_updates, {}),
     "normalize_updates(decay)": Entry(so.normalize_updates, {"decay": 0.8, "eps": 1e-6}),
     "center_updates": Entry(so.center_updates, {}),
@@ -253,8 +255,12 @@ def test_mixed_precision_keeps_the_types_of_state_and_updates(name, params_dtype
 def test_abstract_init(name):
     tx, params = build(name), params_of()
     state = tx.init(params)
-    abstract = jax.eval_shape(tx.init, jax.eval_shape(lambda: params))
-    assert types(abstract) == types(state)
+    shapes = jax.eval_shape(lambda: params)
+    optax_refuses = name == "transport_moments(inject_hyperparams)"
+    for init in (lambda x: jax.eval_shape(tx.init, x), *([] if optax_refuses else [tx.init])):
+        abstract = init(shapes)
+        assert types(abstract) == types(state)
+        assert types(jax.eval_shape(tx.update, shapes, abstract, shapes)[1]) == types(state)
     assert all(leaf.size > 0 for leaf in jax.tree.leaves(state))
 
 
@@ -435,6 +441,47 @@ def test_zero_norm_groups_and_zero_gradients_stay_finite(name, dtype):
     assert np.abs(np.asarray(moved["dense"]["kernel"], np.float64)).max() > 0
 
 
+# Of what is around Optax's Adam gradients are not finite where its second moment is 0.
+DIFFERENTIABLE = [
+    "project_radial",
+    "scale_by_adams",
+    "scale_by_adamsrt",
+    "transported_trace",
+    "transport_moments(trace)",
+    "retract(initial)",
+    "retract(geodesic)",
+    "record_sphere",
+    "record_gradient",
+    "scale_by_adamg_star",
+    "normalize_updates",
+    "normalize_updates(decay)",
+    "center_updates",
+    "project_if_tangent",
+    "adamsrt",  # with L2, whose gradient is radial, and leaves a moment of rounding's size
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_through_two_updates_are_finite(name):
+    """For groups with no gradient and no weights, neither, or both, and moments of zero."""
+    tx = TABLE[name].factory(groups=so.per_filter(), **TABLE[name].numbers)
+    weights, g = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 4)), "f4") for i in (0, 1))
+    weights, g = weights.at[:, :2].set(0), g.at[:, 1:3].set(0)
+    leaves, treedef = jax.tree.flatten(tx.init(weights))
+    floating = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradient(values, g, params):
+        kept = dict(enumerate(leaves)) | dict(zip(floating, values, strict=True))
+        state = treedef.unflatten(kept.values())
+        for _ in range(2):
+            updates, state = tx.update(g, state, params)
+            params = optax.apply_updates(params, updates)
+        return sum(leaf.astype("f4").sum() for leaf in jax.tree.leaves((updates, state)))
+
+    finite(jax.jit(gradient)([leaves[i] for i in floating], g, weights))
+
+
 def test_orbax_restores_bit_for_bit(name, tmp_path):
     tx, update, grads = build(name), compiled(name), gradients("bfloat16")
     params, state = plain(name, "bfloat16")
@@ -456,6 +503,39 @@ def test_exports_to_cuda_and_tpu(name):
     state = tx.init(params)
     exported = export.export(jax.jit(tx.update), platforms=["cuda", "tpu"])(g, state, params)
     assert exported.platforms == ("cuda", "tpu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "project_radial",
+        "scale_by_adams",
+        "scale_by_adamsrt",
+        "transported_trace",
+        "transport_moments(trace)",
+        "retract(initial)",
+        "record_sphere",
+        "record_gradient",
+        "normalize_updates(decay)",
+        "center_updates",
+        "project_if_tangent",
+        "scale_by_adamg_star",
+    ],
+)
+def test_updates_of_other_paths_or_shapes_are_refused(name):
+    """Pairing leaves by number would give one's gradient to another's moment."""
+    who, tx, params, (g, *_) = name.split("(")[0], build(name), params_of(), gradients()
+    state = tx.init(params)
+    less, more = {**g, "head": {"kernel": g["head"]["kernel"]}}, {**g, "late": jnp.ones(3)}
+    turned = {**g, "head": {"kernel": g["head"]["kernel"].T, "bias": g["head"]["bias"]}}
+    paths = f"^{who}: expected updates with the paths of the parameters, found none for "
+    with pytest.raises(ValueError, match=paths + r"\['head/bias'\], and some for \[\]"):
+        tx.update(less, state, params)
+    with pytest.raises(ValueError, match=paths + r"\[\], and some for \['late'\]"):
+        tx.update(more, state, params)
+    shapes = r"head/kernel of shape \(5, 3\): expected updates of shape \(5, 3\), found \(3, 5\)"
+    with pytest.raises(ValueError, match=f"^{who}: {shapes}"):
+        tx.update(turned, state, params)
 
 
 @pytest.mark.parametrize(

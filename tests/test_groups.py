@@ -407,6 +407,7 @@ def test_bad_group(make, error, message):
             "found nothing for conv/kernel",
         ),
         ({"conv": "filter", "dense": None}, TypeError, "at conv, found 'filter' of type str"),
+        (optax.adam(1e-3), TypeError, "expected groups, found a gradient transformation; compose"),
         (so.per_layer, TypeError, r"found a function; call per_layer\(\.\.\.\)"),
         ({"conv/kernel": True}, ValueError, "regular expressions go through groups_by_path"),
         (
@@ -442,6 +443,25 @@ def test_bad_group(make, error, message):
 def test_groups_that_do_not_fit(groups, error, message):
     with pytest.raises(error, match=message):
         so.project_radial(groups).init(PARAMS)
+
+
+def test_a_mask_that_hides_part_of_a_joint_group_is_refused():
+    """What is left would be another group."""
+    rules = so.groups_by_path({"dense": so.per_layer("d"), "conv": so.per_layer("c")})
+    tree = {"conv": so.per_layer("c"), "dense": {"kernel": None}}
+    message = (
+        r"joint label 'c': expected all its leaves or none, found \['conv/bias'\], while "
+        r"optax.masked or optax.partition hides \['conv/kernel'\]"
+    )
+    for groups in (rules, tree):
+        tx = so.project_radial(groups)
+        for conv, dense in ((True, False), (False, True), (True, True)):
+            optax.masked(tx, {"conv": conv, "dense": dense}).init(PARAMS)
+        with pytest.raises(ValueError, match=message):
+            optax.masked(tx, {"conv": {"bias": True, "kernel": False}, "dense": True}).init(PARAMS)
+        labels = {"conv": {"bias": "b", "kernel": "a"}, "dense": "b"}
+        with pytest.raises(ValueError, match="joint label 'c'"):
+            optax.partition({"a": tx, "b": optax.sgd(0.1)}, labels).init(PARAMS)
 
 
 @pytest.mark.parametrize("leaf", [jnp.arange(6).reshape(2, 3), jnp.ones((2, 3), jnp.complex64)])

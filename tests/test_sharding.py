@@ -36,7 +36,7 @@ def test_in_a_session_with_eight_devices():
         environment.pop(name, None)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
-    skipped = 1 if NEW_FLAX else 3
+    skipped = 2 if NEW_FLAX else 4
     expected = rf"^\d\d+ passed, {skipped} skipped"
     assert re.search(expected, result.stdout, re.MULTILINE), result.stdout
 
@@ -312,3 +312,96 @@ def test_state_sharding_of_an_nnx_state(axis_type):
     assert ("data", "model") in specs
     assert tuple(nnx.to_pure_dict(where.nu)["kernel"].spec) == ("model",)
     assert jax.tree.leaves(same) == jax.tree.leaves(where)
+
+
+# --- inside shard_map -------------------------------------------------------------------
+
+WHOLE = {"kernel": jnp.ones((16, 6)), "head": jnp.ones((16, 2))}
+ROWS = so.groups_by_path({"kernel": so.per_filter()})
+TRANSFORMS = {
+    "scale_by_adams": lambda: so.scale_by_adams(groups=ROWS),
+    "scale_by_adamsrt": lambda: so.scale_by_adamsrt(groups=ROWS),
+    "transport_moments": lambda: so.transport_moments(optax.trace(0.9), ROWS),
+    "project_radial": lambda: so.project_radial(ROWS),
+    "center_updates": lambda: so.center_updates(ROWS),
+    "retract": lambda: so.retract(ROWS),
+    "project_if_tangent": lambda: so.project_if_tangent(optax.identity(), ROWS),
+    "record_sphere": lambda: so.record_sphere(ROWS),
+}
+
+
+def in_shards(fn, *specs, **options):
+    mesh = mesh_of(AxisType.Auto)
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs[0], **options)
+
+
+@here
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_parameters_that_shard_map_cuts_are_refused(name):
+    """A group's sum would be that of a shard."""
+    tx = TRANSFORMS[name]()
+    cut = {"kernel": PartitionSpec("data"), "head": PartitionSpec()}
+    message = (
+        rf"^{name}: kernel of shape \(4, 6\): expected a whole parameter, found one that differs "
+        r"over the manual axes \['data'\] of jax.shard_map.* under jax.jit"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(in_shards(lambda p: tx.update(p, tx.init(p), p)[0], cut), WHOLE)
+    if name != "center_updates":
+        state = jax.eval_shape(tx.init, WHOLE)
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(
+                in_shards(lambda p, s: tx.update(p, s, p)[0], cut, PartitionSpec()), WHOLE, state
+            )
+
+
+@here
+def test_parameters_that_shard_map_replicates_are_right():
+    """Data parallel training, and a leaf without a group that is cut."""
+    tx, whole = so.adamsrt(0.1, groups=ROWS), PartitionSpec()
+    params, state = WHOLE, tx.init(WHOLE)
+    data = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "float32")
+
+    def gradient(params, x):
+        return jax.grad(lambda p: ((x @ p["kernel"]) ** 2).mean() + (x @ p["head"]).mean())(params)
+
+    def step(params, state, x):
+        grads = gradient(params, x)  # summed over the shards, as the parameters are replicated
+        return tx.update(jax.tree.map(lambda g: g / DEVICES, grads), state, params)[0]
+
+    shards = PartitionSpec(("data", "model"))
+    found = jax.jit(in_shards(step, whole, whole, shards))(params, state, data)
+    expected, _ = tx.update(gradient(params, data), state, params)
+    assert_close(found, expected, "float32")
+
+    cut = {"kernel": whole, "head": PartitionSpec("data")}
+    like = jax.eval_shape(in_shards(lambda p: tx.update(p, tx.init(p), p)[0], cut), WHOLE)
+    assert like["head"].shape == (16, 2)
+
+
+@pytest.mark.skipif(jax.device_count() > 1, reason="there sums take no loop")
+def test_a_shard_map_over_one_device_adds_large_arrays_up():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    tx, whole, shards = so.scale_by_adamsrt(groups=True), PartitionSpec(), PartitionSpec("data")
+
+    def step(params, state, grads):
+        return tx.update(grads[0], state, params)[0][None]
+
+    specs = {"in_specs": (whole, whole, shards), "out_specs": shards}
+    params = jnp.ones((512, 160))
+    like = jax.eval_shape(
+        jax.shard_map(step, mesh=mesh, **specs), params, tx.init(params), params[None]
+    )
+    assert like.shape == (1, 512, 160)
+
+
+@here
+def test_a_shard_map_that_keeps_no_track_warns():
+    tx, whole = so.project_radial(ROWS), PartitionSpec()
+    step = lambda p: tx.update(p, tx.init(p), p)[0]  # noqa: E731
+    with pytest.warns(UserWarning, match=r"per shard on the axes \['data', 'model'\]"):
+        jax.eval_shape(in_shards(step, whole, check_vma=False), WHOLE)
+    jax.eval_shape(in_shards(lambda p: p, whole, check_vma=False), WHOLE)
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        jax.eval_shape(jax.jit(step), WHOLE)

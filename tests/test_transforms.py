@@ -250,6 +250,31 @@ def test_bad_names_of_moments():
 
 
 @pytest.mark.parametrize(
+    ("inner", "state", "moment"),
+    [
+        (lambda: so.scale_by_adamsrt(groups=FILTER), "ScaleByAdamSRTState", "mu/kernel"),
+        (lambda: so.sgdmrt(0.1, groups=FILTER), "TransportedTraceState", "2/trace/kernel"),
+        (
+            lambda: optax.chain(optax.scale(2.0), so.adamg(0.1, groups=FILTER)),
+            "TransportMomentsState",
+            "1/0/inner_state/mu/kernel",
+        ),
+    ],
+)
+def test_what_is_carried_already_is_refused(inner, state, moment):
+    tx, params = so.transport_moments(inner(), FILTER), {"kernel": jnp.ones((3, 2))}
+    message = rf"nothing carries yet, found \['{moment}'.*\] in {state}: they would be .* twice"
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+
+
+def test_other_moments_beside_those_that_are_carried():
+    inner = optax.chain(so.transported_trace(0.9, groups=FILTER), optax.scale_by_adam())
+    tx = so.transport_moments(inner, FILTER, first_moments=("mu",))
+    assert tx.init({"kernel": jnp.ones((3, 2))}).radius["kernel"].shape == (2,)
+
+
+@pytest.mark.parametrize(
     "tx",
     [so.project_radial(so.per_layer("a")), so.retract(so.per_layer("a"))],
     ids=["project_radial", "retract"],
@@ -273,6 +298,41 @@ def test_leaves_of_a_joint_group_keep_their_state_in_own_buffers():
         for each in (state, after):
             pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(each)]
             assert len(set(pointers)) == len(pointers)
+
+
+# --- scale_by_adamg_star ----------------------------------------------------------------
+
+
+def test_adamg_star_follows_sgd_through_a_change_of_the_learning_rate(x64):
+    """Whose learning rate may be injected, and so be traced."""
+    schedule = optax.piecewise_constant_schedule(0.04, {10: 0.25})
+    star = optax.inject_hyperparams(so.adamg_star)(schedule, 0.5, groups=FILTER)
+    sgd = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(schedule))
+    data = normal(0, (7, 5))
+    gradient = jax.grad(lambda x: jnp.sum(data @ (x / jnp.linalg.norm(x, axis=0))) ** 2 / 20)
+    paths = []
+    for tx in (star, sgd):
+        params, state = 2 * normal(1, (5, 3)), tx.init(normal(1, (5, 3)) * 2)
+        path = [params]
+        for _ in range(20):
+            params, state = step(tx, gradient(params), state, params)
+            path.append(params)
+        paths.append(path)
+    angles = [geometry.angle(a, b, FILTER).max() for a, b in zip(*paths, strict=True)]
+    turned = [geometry.angle(paths[1][i], paths[1][i + 10], FILTER).min() for i in (0, 10)]
+    assert max(angles) < 1e-3 * min(turned)
+
+
+def test_adamg_star_for_several_learning_rates_at_once():
+    x, g = jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 0.5]])
+
+    def update(rate):
+        tx = so.scale_by_adamg_star(rate, 0.1, groups=LAYER)
+        return tx.update(g, tx.init(x), x)
+
+    rates = jnp.array([0.1, 0.2])
+    for each, rate in zip(jax.vmap(update)(rates)[0], rates, strict=True):
+        np.testing.assert_allclose(each, update(float(rate))[0], rtol=1e-6)
 
 
 # --- scale_by_adams ---------------------------------------------------------------------
@@ -346,6 +406,15 @@ def test_a_group_of_initial_radius_zero_steps_freely():
     updates, _ = tx.update(jnp.ones((2, 2)), tx.init(params), params)
     np.testing.assert_array_equal(updates[:, 1], jnp.ones(2))
     assert geometry.norm(params + updates, FILTER)[0] == pytest.approx(1.0)
+
+
+def test_the_radius_of_an_abstract_group_is_abstract():
+    """A number would be a wrong radius, and zero none."""
+    tx, x = so.retract({"a": FILTER, "b": None}), {"a": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    state = tx.init({"a": jax.ShapeDtypeStruct((3, 2), "bfloat16"), "b": x["b"]})
+    assert state.target_radius["a"] == jax.ShapeDtypeStruct((2,), "float32")
+    with pytest.raises(TypeError, match="ShapeDtypeStruct"):
+        tx.update(x, state, x)
 
 
 @pytest.mark.parametrize(

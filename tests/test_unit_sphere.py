@@ -73,19 +73,64 @@ def test_equal_to_the_composition(name, case, x64):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "one pass" in case])
-def test_sums_in_one_pass(case, x64):
-    """The loop is what these cases take, and sums the same."""
-    shapes, groups = CASES[case]
-    x, y = (list(tree_of(shapes, seed).values()) for seed in (0, 1))
-    unit = dict(enumerate(groups.values()))
-    assert any(_sums._blocks(x[i].shape, group) for i, group in unit.items())
-    vectors = [dict(enumerate(v)) for v in (x, y)]
-    pairs = ((0, 0), (0, 1), (1, 1))
-    found = jax.jit(lambda vectors: _sums.inners(vectors, pairs, unit))(vectors)
-    for (i, j), value in zip(pairs, found, strict=True):
-        expected = geometry.inner(vectors[i], vectors[j], unit)
-        np.testing.assert_allclose(value, expected, rtol=1e-12)
+# From shape and group to the tile of the view (outer, summed, columns).
+TILES = {
+    "layer": ((512, 160), so.per_layer(), (1, 64, 160)),
+    "blocks": ((773, 96), so.per_channel_block(4), (1, 96, 96)),
+    "wide": ((24, 5001), so.per_filter(), (1, 8, 1875)),
+    "wide, few rows": ((3, 40000), so.per_filter(), (1, 3, 5000)),
+    "short rows": ((1101, 64), so.RadialGroup((0,)), (137, 8, 8)),
+    "stacked layers": ((3, 203, 112), so.RadialGroup((0, -1)), (1, 64, 112)),
+    "output channels first": ((64, 115, 3, 3), so.RadialGroup((0,)), (8, 1032, 1)),
+    "vector": ((70001,), so.per_layer(), (1, 7776, 1)),
+}
+
+
+def test_sums_in_one_pass(x64):
+    """Of arrays as they are cut: in tiles that overlap, and with entries left over."""
+    rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
+    vectors = [
+        {i: jnp.asarray(rng.normal(size=shape)) for i, (shape, *_) in enumerate(TILES.values())}
+        for _ in range(2)
+    ]
+    groups = [group for _, group, _ in TILES.values()]
+    for shape, group, tile in TILES.values():
+        assert _sums._tiles(shape, group).tile == tile
+
+    @jax.jit
+    def sums(vectors):
+        return [_sums.inners(vectors, pairs, {i: group}) for i, group in enumerate(groups)]
+
+    for n, found in enumerate(sums(vectors)):
+        for (i, j), value in zip(pairs, found, strict=True):
+            expected = geometry.inner(vectors[i][n], vectors[j][n], groups[n])
+            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
+
+
+def test_the_gradient_of_sums_in_one_pass(x64):
+    shape, group, _ = TILES["blocks"]
+    x, y = (tree_of({"w": shape}, seed)["w"] for seed in (0, 1))
+    c = jnp.arange(4.0)
+
+    def weighted(x, y):
+        xx, xy = _sums.inners([{0: x}, {0: y}], [(0, 0), (0, 1)], {0: group})
+        return (c * (xx + xy)).sum()
+
+    found = jax.jit(jax.grad(weighted))(x, y)
+    np.testing.assert_allclose(found, geometry.scale(c, 2 * x + y, group), rtol=1e-12)
+
+
+def test_a_loop_where_single_passes_are_slow():
+    """XLA's CPU compiler is slow where one sum has very many columns."""
+
+    def loops(shape, pairs):
+        x, group = jax.ShapeDtypeStruct(shape, "float32"), so.per_filter()
+        sums = jax.jit(lambda x: _sums.inners([{0: x}], [(0, 0)] * pairs, {0: group}))
+        return " while(" in sums.lower(x).compile().as_text()
+
+    assert loops((16, 40000), 1)
+    assert not loops((1024, 96), 1)
+    assert loops((1024, 96), 2)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -128,6 +173,20 @@ def test_zero_groups_become_ordinary_once_they_move(name):
     updates, state = tx.update(jnp.array([[4.0, 0.0], [-3.0, 1.0]]), state, params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((updates, state)))
     assert 0.1 < jnp.linalg.norm(updates[:, 0]) < 10
+
+
+@pytest.mark.parametrize("make", PAIRS["transported_trace"])
+def test_the_derivative_at_a_moment_of_zero_is_the_projection(make, x64):
+    tx, (x, m) = make(so.per_filter()), (tree_of({"w": (4, 3)}, seed)["w"] for seed in (0, 1))
+    _, state = tx.update(jnp.zeros_like(x), tx.init(x), x)  # so that there is a radius before
+
+    def update(trace):
+        return tx.update(jnp.zeros_like(x), optax.tree.set(state, trace=trace), x)[0]
+
+    _, found = jax.jvp(update, (jnp.zeros_like(x),), (m,))
+    scale = 1 if hasattr(state, "radius") else 1 / geometry.norm(x, so.per_filter())
+    expected = 0.8 * scale * geometry.project(m, x, so.per_filter())
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_moments_of_a_group_turned_by_90_degrees_are_lost():

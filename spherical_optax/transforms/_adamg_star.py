@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
-    check_group_state,
+    Unit,
+    evaluated,
     per_leaf,
     pick,
     present,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -26,15 +27,16 @@ class ScaleByAdamGStarState(NamedTuple):
     """State of `scale_by_adamg_star`.
 
     Attributes:
-      accumulator: v of the formula, one per group: r^4 / (2 learning_rate^2 sqrt(beta)) for
-        the radius r that SGD would have.
+      accumulator: 2 learning_rate^2 sqrt(beta) v of the formula, one per group: r^4 for the
+        radius r that SGD would have; a `jax.ShapeDtypeStruct` where the parameter was one at
+        `init`.
     """
 
     accumulator: optax.Params
 
 
 def scale_by_adamg_star(
-    learning_rate: float, weight_decay: float, *, groups: Groups
+    learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike, *, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
     """The step on the sphere that SGD with L2 makes, from a second moment alone.
 
@@ -44,7 +46,8 @@ def scale_by_adamg_star(
     ```
 
     with grad L(u) = |x| grad L(x) for the direction u = x / |x|; the step of x is |x| times
-    that of u. Leaves without a group take the step of SGD with L2.
+    that of u. Leaves without a group take the step of SGD with L2. What is kept does not depend
+    on the learning rate: one that is injected and changes does what it does to SGD.
 
     Args:
       learning_rate: That of the SGD, a number.
@@ -71,16 +74,21 @@ def scale_by_adamg_star(
       Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).
     """
     check_number("scale_by_adamg_star", "learning_rate", learning_rate, above=0)
-    check_number("scale_by_adamg_star", "weight_decay", weight_decay, below=1 / learning_rate)
-    rate, beta = learning_rate, (1 - learning_rate * weight_decay) ** 4
+    rate: Any = learning_rate
+    most = math.inf if isinstance(rate, jax.core.Tracer) else 1 / float(rate)
+    check_number("scale_by_adamg_star", "weight_decay", weight_decay, below=most)
+    shrinkage = 1 - rate * weight_decay
 
     def init(params: optax.Params) -> ScaleByAdamGStarState:
-        units, x = radial_units(groups, params), _trees.flatten(params)[0]
+        units, x = resolve("scale_by_adamg_star", groups, params)
         zeros = zeros_per_group(units, x)
         values: dict[int, jax.Array] = {}
         for unit in units:
-            square = geometry.inner(pick(unit, x), pick(unit, x), unit)
-            values |= per_leaf(square**2 / (2 * learning_rate**2 * math.sqrt(beta)), unit, zeros)
+
+            def start(x: Any, unit: Unit = unit) -> dict[int, jax.Array]:
+                return per_leaf(geometry.inner(x, x, unit) ** 2, unit, zeros)
+
+            values |= evaluated(start, pick(unit, x))
         return ScaleByAdamGStarState(state_like(params, values, zero))
 
     def update(
@@ -90,26 +98,27 @@ def scale_by_adamg_star(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamGStarState]:
         del extra_args
-        require_params("scale_by_adamg_star", params)
-        (g, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        kept, kept_treedef = _trees.flatten(state.accumulator)
-        units = radial_units(groups, params)
-        check_group_state("scale_by_adamg_star", params, kept, units, x)
+        check_type("scale_by_adamg_star", state, ScaleByAdamGStarState)
+        units, x, (g, kept), unflatten = pair(
+            "scale_by_adamg_star", groups, params, updates, (state.accumulator, per_group)
+        )
         steps: list[Any] = [
             None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
             for leaf, w in zip(g, x, strict=True)
         ]
-        for unit in present(units, g, updates):
-            v, grads = kept[next(iter(unit))], pick(unit, g)
+        for unit in present(units, g, params):
+            fourth, grads = kept[next(iter(unit))], pick(unit, g)
             square = geometry.inner(pick(unit, x), pick(unit, x), unit)
-            root = geometry.safe_sqrt(2 * beta * v)
-            # Without a direction, or a second moment, the step is that of SGD.
+            root = geometry.safe_sqrt(fourth)
+            # Without a direction, or a radius of SGD's, the step is that of SGD.
             known = (square > 0) & (root > 0)
-            factor = jnp.where(known, -square / jnp.where(known, root, 1), -rate)
-            scaled = geometry.scale(factor, grads, unit)
-            v = beta * v + square * geometry.inner(grads, grads, unit)
-            for i, value in per_leaf(v, unit, kept).items():
+            factor = jnp.where(known, square / (shrinkage * jnp.where(known, root, 1)), 1)
+            scaled = geometry.scale(-rate * factor, grads, unit)
+            grown = square * geometry.inner(grads, grads, unit)
+            fourth = shrinkage**4 * fourth + 2 * (rate * shrinkage) ** 2 * grown
+            for i, value in per_leaf(fourth, unit, kept).items():
                 steps[i], kept[i] = scaled[i], value
-        return treedef.unflatten(steps), ScaleByAdamGStarState(kept_treedef.unflatten(kept))
+        updates, accumulator = unflatten(steps, kept)
+        return updates, ScaleByAdamGStarState(accumulator)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -5,16 +5,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax._sums import inners
+from spherical_optax.groups import Groups, group_size
 from spherical_optax.transforms._alike import map_units
+from spherical_optax.transforms._pair import (
+    check_type,
+    pair,
+    per_entry,
+    per_group_or_entry,
+    resolve,
+)
 from spherical_optax.transforms._units import (
     Unit,
-    check_state,
     elsewhere,
     per_leaf,
     present,
@@ -92,8 +98,7 @@ def scale_by_adams(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamsState:
-        leaves = _trees.flatten(params)[0]
-        nu = zeros_per_group(radial_units(groups, params), leaves)
+        nu = zeros_per_group(*resolve("scale_by_adams", groups, params))
         return ScaleByAdamsState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
@@ -106,20 +111,20 @@ def scale_by_adams(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamsState]:
-        del params, extra_args
-        g, treedef = _trees.flatten(updates)
-        mu, mu_treedef = _trees.flatten(state.mu)
-        nu, nu_treedef = _trees.flatten(state.nu)
+        del extra_args
+        check_type("scale_by_adams", state, ScaleByAdamsState)
+        like = state.mu if params is None else params
+        kept = (state.mu, per_entry), (state.nu, per_group_or_entry)
+        units, _, (g, mu, nu), unflatten = pair("scale_by_adams", groups, like, updates, *kept)
         count = optax.safe_increment(state.count)
-        units = radial_units(groups, updates)
-        check_nu("scale_by_adams", updates, nu, units, g)
-        units = present(units, g, updates)
+        units = present(units, g, like)
 
         def step(unit: Unit, g: Any, mu: Any, nu: Any) -> dict[int, Any]:
             grads = {i: geometry.wide(g[i]) for i in unit}
             m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
             v = nu[next(iter(unit))]
-            v = (1 - b2) * geometry.inner(grads, grads, unit).astype(v.dtype) + b2 * v
+            [square] = inners((grads,), [(0, 0)], unit)
+            v = (1 - b2) * square.astype(v.dtype) + b2 * v
             first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
             size = group_size(unit, g) if sqrt_dim else 1
             denominator = geometry.safe_sqrt(v / second) + eps
@@ -134,17 +139,10 @@ def scale_by_adams(
                 g[i], mu[i], nu[i] = found[i]
 
         adam_elsewhere(adam, state.count, g, mu, nu, units)
-        return treedef.unflatten(g), ScaleByAdamsState(
-            count, mu_treedef.unflatten(mu), nu_treedef.unflatten(nu)
-        )
+        updates, *moments = unflatten(g, mu, nu)
+        return updates, ScaleByAdamsState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_nu(who: str, tree: Any, nu: list[Any], units: list[Unit], leaves: list[Any]) -> None:
-    """As `check_state`, for one value per group, and one per entry of a leaf without a group."""
-    shapes = {i: group.shape(leaves[i].shape) for unit in units for i, group in unit.items()}
-    check_state(who, tree, nu, [shapes.get(i, np.shape(leaf)) for i, leaf in enumerate(leaves)])
 
 
 def adam_elsewhere(

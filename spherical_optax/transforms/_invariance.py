@@ -11,8 +11,9 @@ from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
 from spherical_optax._sums import inners
-from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out
+from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
 from spherical_optax.transforms._transport import (
     Names,
     check_moments,
@@ -20,7 +21,7 @@ from spherical_optax.transforms._transport import (
     fields_of,
     find_moments,
 )
-from spherical_optax.transforms._units import Unit, elsewhere, pick, present, require_params
+from spherical_optax.transforms._units import Unit, elsewhere, pick, present
 
 
 class ProjectIfTangentState(NamedTuple):
@@ -99,7 +100,8 @@ def project_if_tangent(
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> ProjectIfTangentState:
-        units, inner_state = radial_units(groups, params), wrapped.init(params)
+        units, _ = resolve("project_if_tangent", groups, params)
+        inner_state = wrapped.init(params)
         _check_layers(units, params)
         in_mask("project_if_tangent", mask, params)
         if names.first:
@@ -112,14 +114,14 @@ def project_if_tangent(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectIfTangentState]:
-        require_params("project_if_tangent", params)
-        (g, _), (x, _) = _trees.flatten(updates), _trees.flatten(params)
+        check_type("project_if_tangent", state, ProjectIfTangentState)
+        units, x, (g,), _ = pair("project_if_tangent", groups, params, updates)
         updates, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
-        p, treedef = _trees.flatten(updates)
+        p, unflatten = aligned("project_if_tangent", params, updates)
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask("project_if_tangent", mask, params)
-        units = present(radial_units(groups, params), g, updates)
+        units = present(units, g, params)
         for unit in units:
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
             sums = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)
@@ -142,7 +144,7 @@ def project_if_tangent(
                 _subtract(kept, place, off, x, part)
         for i in (i for i in elsewhere(units, p) if decays[i]):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
-        return treedef.unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
+        return unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups
 from spherical_optax.transforms._adams import bias_correction
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
     Unit,
-    check_group_state,
     per_leaf,
     pick,
     present,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -81,10 +80,10 @@ def normalize_updates(
     check_number("normalize_updates", "eps", eps)
 
     def init(params: optax.Params) -> NormalizeUpdatesState | optax.EmptyState:
-        units = radial_units(groups, params)
+        units, x = resolve("normalize_updates", groups, params)
         if decay is None:
             return optax.EmptyState()
-        zeros = zeros_per_group(units, _trees.flatten(params)[0])
+        zeros = zeros_per_group(units, x)
         return NormalizeUpdatesState(jnp.zeros([], jnp.int32), state_like(params, zeros, zero))
 
     def update(
@@ -94,20 +93,22 @@ def normalize_updates(
         **extra_args: Any,
     ) -> tuple[optax.Updates, NormalizeUpdatesState | optax.EmptyState]:
         del extra_args
-        require_params("normalize_updates", params)
-        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        units = radial_units(groups, params)
+        who = "normalize_updates"
         if decay is None:
-            for unit in present(units, v, updates):
+            check_type(who, state, optax.EmptyState)
+            units, x, (v,), unflatten = pair(who, groups, params, updates)
+            for unit in present(units, v, params):
                 factor = _factor(pick(unit, x), unit, geometry.norm(pick(unit, v), unit))
                 for i, leaf in geometry.scale(factor, pick(unit, v), unit).items():
                     v[i] = leaf
-            return treedef.unflatten(v), state
+            return *unflatten(v), state
 
-        kept, kept_treedef = _trees.flatten(state.mean_square)
-        check_group_state("normalize_updates", params, kept, units, x)
+        check_type(who, state, NormalizeUpdatesState)
+        units, x, (v, kept), unflatten = pair(
+            who, groups, params, updates, (state.mean_square, per_group)
+        )
         steps = optax.safe_increment(state.steps)
-        for unit in present(units, v, updates):
+        for unit in present(units, v, params):
             mean = kept[next(iter(unit))]
             square = geometry.inner(pick(unit, v), pick(unit, v), unit).astype(mean.dtype)
             mean = decay * mean + (1 - decay) * square
@@ -116,7 +117,8 @@ def normalize_updates(
             scaled = geometry.scale(factor, pick(unit, v), unit)
             for i, value in per_leaf(mean, unit, kept).items():
                 v[i], kept[i] = scaled[i], value
-        return treedef.unflatten(v), NormalizeUpdatesState(steps, kept_treedef.unflatten(kept))
+        updates, mean_square = unflatten(v, kept)
+        return updates, NormalizeUpdatesState(steps, mean_square)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -158,7 +160,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: optax.Params) -> optax.EmptyState:
-        radial_units(groups, params)
+        resolve("center_updates", groups, params)
         return optax.EmptyState()
 
     def update(
@@ -167,11 +169,13 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
-        del params, extra_args
-        v, treedef = _trees.flatten(updates)
-        for unit in present(radial_units(groups, updates), v, updates):
+        del extra_args
+        check_type("center_updates", state, optax.EmptyState)
+        like = updates if params is None else params
+        units, _, (v,), unflatten = pair("center_updates", groups, like, updates)
+        for unit in present(units, v, like):
             for i, leaf in geometry.center(pick(unit, v), unit).items():
                 v[i] = leaf
-        return treedef.unflatten(v), state
+        return *unflatten(v), state
 
     return optax.GradientTransformationExtraArgs(init, update)

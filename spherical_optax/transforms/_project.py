@@ -4,9 +4,10 @@ from typing import Any
 
 import optax
 
-from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, radial_units
-from spherical_optax.transforms._units import pick, present, require_params
+from spherical_optax import geometry
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, resolve
+from spherical_optax.transforms._units import pick, present
 
 
 def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -40,7 +41,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: optax.Params) -> optax.EmptyState:
-        radial_units(groups, params)
+        resolve("project_radial", groups, params)
         return optax.EmptyState()
 
     def update(
@@ -50,11 +51,11 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
-        require_params("project_radial", params)
-        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        for unit in present(radial_units(groups, params), v, updates):
+        check_type("project_radial", state, optax.EmptyState)
+        units, x, (v,), unflatten = pair("project_radial", groups, params, updates)
+        for unit in present(units, v, params):
             for i, leaf in geometry.project(pick(unit, v), pick(unit, x), unit).items():
                 v[i] = leaf
-        return treedef.unflatten(v), state
+        return *unflatten(v), state
 
     return optax.GradientTransformationExtraArgs(init, update)

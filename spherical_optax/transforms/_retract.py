@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
 from spherical_optax.transforms._units import (
-    check_group_state,
+    Unit,
     check_values,
+    evaluated,
     per_leaf,
     pick,
     present,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -26,7 +27,8 @@ class RetractState(NamedTuple):
     """State of `retract(groups, radius="initial")`.
 
     Attributes:
-      target_radius: |x| of each group at `init`.
+      target_radius: |x| of each group at `init`, or a `jax.ShapeDtypeStruct` where the parameter
+        was one: a number would be a wrong radius.
     """
 
     target_radius: optax.Params
@@ -80,7 +82,7 @@ def retract(
         check_number("retract", "radius", radius, above=0)
 
     def init(params: optax.Params) -> RetractState | optax.EmptyState:
-        units, x = radial_units(groups, params), _trees.flatten(params)[0]
+        units, x = resolve("retract", groups, params)
         if not initial:
             return optax.EmptyState()
         check_values(
@@ -94,8 +96,11 @@ def retract(
         zeros = zeros_per_group(units, x)
         targets: dict[int, jax.Array] = {}
         for unit in units:
-            r = geometry.norm(pick(unit, x), unit)
-            targets |= per_leaf(r, unit, zeros)
+
+            def radii(x: Any, unit: Unit = unit) -> dict[int, jax.Array]:
+                return per_leaf(geometry.norm(x, unit), unit, zeros)
+
+            targets |= evaluated(radii, pick(unit, x))
         return RetractState(target_radius=state_like(params, targets, zero))
 
     def update(
@@ -105,13 +110,11 @@ def retract(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RetractState | optax.EmptyState]:
         del extra_args
-        require_params("retract", params)
-        (v, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        units, targets = radial_units(groups, params), None
-        if initial:
-            targets = _trees.flatten(state.target_radius)[0]
-            check_group_state("retract", params, targets, units, x)
-        for unit in present(units, v, updates):
+        check_type("retract", state, RetractState if initial else optax.EmptyState)
+        fields = [(state.target_radius, per_group)] if initial else []
+        units, x, (v, *kept), unflatten = pair("retract", groups, params, updates, *fields)
+        targets = kept[0] if initial else None
+        for unit in present(units, v, params):
             start = {i: geometry.wide(x[i]) for i in unit}
             if targets is None:
                 shortest = _shortest(pick(unit, v)) * geometry.norm(start, unit)
@@ -124,7 +127,7 @@ def retract(
                 if targets is not None:
                     step = jnp.where(geometry.spread(target > 0, x[i], group), step, v[i])
                 v[i] = step
-        return treedef.unflatten(v), state
+        return unflatten(v, *kept)[0], state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

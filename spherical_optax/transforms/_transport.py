@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_transformation
 from spherical_optax.groups import Groups
+from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
+from spherical_optax.transforms._unit_sphere import ScaleByAdamSRTState, TransportedTraceState
 from spherical_optax.transforms._units import (
     Unit,
-    check_group_state,
-    movable,
     per_leaf,
     pick,
-    require_params,
     state_like,
     zero,
     zeros_per_group,
@@ -83,8 +83,8 @@ def transport_moments(
     Raises:
       TypeError: If inner is no transformation, or the names are not tuples of strings.
       ValueError: At `init`, if none of the names is a field of the inner state, or not
-        all of those that were given; if a moment has another shape than its parameter; or
-        if `groups` does not fit.
+        all of those that were given; if a moment has another shape than its parameter, or
+        inner carries it already; or if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -110,10 +110,10 @@ def transport_moments(
 
     def init(params: optax.Params) -> TransportMomentsState:
         inner_state = wrapped.init(params)
-        leaves = _trees.flatten(params)[0]
-        units = movable(groups, params)
+        units, x = resolve("transport_moments", groups, params, movable=True)
         check_moments("transport_moments", inner_state, params, units, names)
-        radius = state_like(params, zeros_per_group(units, leaves), zero)
+        _check_not_carried(inner_state, params, names)
+        radius = state_like(params, zeros_per_group(units, x), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
     def update(
@@ -122,12 +122,11 @@ def transport_moments(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TransportMomentsState]:
-        require_params("transport_moments", params)
-        x, _ = _trees.flatten(params)
-        radius, radius_treedef = _trees.flatten(state.radius)
+        check_type("transport_moments", state, TransportMomentsState)
+        units, x, (g, radius), unflatten = pair(
+            "transport_moments", groups, params, updates, (state.radius, per_group), movable=True
+        )
         first, second = find_moments(state.inner_state, params, names)
-        units = movable(groups, params)
-        check_group_state("transport_moments", params, radius, units, x)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)
         for unit in units:
@@ -163,9 +162,8 @@ def transport_moments(
                 m = {i: kept[field[i]] for i in part}
                 for i, tangent in geometry.project(m, pick(part, x), part).items():
                     kept[field[i]] = tangent
-        return updates, TransportMomentsState(
-            radius_treedef.unflatten(radius), inner_treedef.unflatten(kept)
-        )
+        _, radii = unflatten(g, radius)
+        return updates, TransportMomentsState(radii, inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -222,11 +220,11 @@ def check_moments(who: str, inner_state: Any, params: Any, units: list[Unit], na
     if any(leaf.value is not None for leaf in leaves):
         moments = {kept[place].keys for field in first + second for place in field.values()}
         _check_found(who, leaves, kept, moments, names)
-    for fields, per_group in ((first, False), (second, True)):
+    for fields, of_groups in ((first, False), (second, True)):
         for field in fields:
             for i, group in ((i, g) for unit in units for i, g in unit.items() if i in field):
                 expected = [leaves[i].value.shape]
-                if per_group:
+                if of_groups:
                     expected.append(group.shape(leaves[i].value.shape))
                 moment = kept[field[i]]
                 if moment.value.shape not in expected:
@@ -235,6 +233,25 @@ def check_moments(who: str, inner_state: Any, params: Any, units: list[Unit], na
                         f"expected its moment {moment.path} to have shape "
                         f"{' or '.join(map(str, expected))}, found {moment.value.shape}."
                     )
+
+
+def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
+    """Raises a `ValueError` if a transformation in the inner one carries a moment itself."""
+    carrying = (TransportMomentsState, ScaleByAdamSRTState, TransportedTraceState)
+    kept = _trees.visible_leaves(inner_state)
+    first, second = find_moments(inner_state, params, names)
+    moments = [kept[place] for field in first + second for place in field.values()]
+    for path, node in jax.tree_util.tree_leaves_with_path(
+        inner_state, is_leaf=lambda node: isinstance(node, carrying)
+    ):
+        keys = tuple(_trees.key_name(key) for key in path)
+        carried = [leaf.path for leaf in moments if leaf.keys[: len(keys)] == keys]
+        if isinstance(node, carrying) and carried:
+            raise ValueError(
+                f"transport_moments: expected moments that nothing carries yet, found {carried} in "
+                f"{type(node).__name__}: they would be transported and rescaled twice; use the "
+                "inner transformation by itself."
+            )
 
 
 def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tuple[str, ...]:

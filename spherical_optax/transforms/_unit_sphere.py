@@ -13,20 +13,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import _trees, geometry
+from spherical_optax import geometry
 from spherical_optax._checks import check_number
 from spherical_optax._sums import inners
-from spherical_optax.groups import Groups, group_size, radial_units
-from spherical_optax.transforms._adams import adam_elsewhere, bias_correction, check_nu
+from spherical_optax.groups import Groups, group_size
+from spherical_optax.transforms._adams import adam_elsewhere, bias_correction
 from spherical_optax.transforms._alike import map_units
+from spherical_optax.transforms._pair import (
+    check_type,
+    pair,
+    per_entry,
+    per_group_or_entry,
+    resolve,
+)
 from spherical_optax.transforms._units import (
     Unit,
-    check_state,
     elsewhere,
-    movable,
     per_leaf,
     present,
-    require_params,
     state_like,
     zeros_per_group,
 )
@@ -92,7 +96,8 @@ def carry(
     # |m - <m, u> u|^2. Of a vector turned by 90 degrees rounding is left, not a direction.
     tangent = mm - geometry.safe_divide(mx, xx) * mx
     lost = tangent <= max(smallest, 16 * float(jnp.finfo(xx.dtype).eps)) * mm
-    kept = decay * jnp.where(lost, 0, jnp.sqrt(mm / jnp.where(lost, 1, tangent)))
+    length = geometry.safe_sqrt(jnp.where(lost, 0, mm)) / jnp.sqrt(jnp.where(lost, 1, tangent))
+    kept = decay * jnp.where(mm == 0, 1, length)  # at 0 for the gradient only
     radial = gain * gx / scale
     along = kept * geometry.safe_divide(mx, xx) + radial
     moment = {
@@ -170,7 +175,7 @@ def scale_by_adamsrt(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamSRTState:
-        nu = zeros_per_group(movable(groups, params), _trees.flatten(params)[0])
+        nu = zeros_per_group(*resolve("scale_by_adamsrt", groups, params, movable=True))
         return ScaleByAdamSRTState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
@@ -184,13 +189,13 @@ def scale_by_adamsrt(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamSRTState]:
         del extra_args
-        require_params("scale_by_adamsrt", params)
-        (g, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        (mu, mu_treedef), (nu, nu_treedef) = _trees.flatten(state.mu), _trees.flatten(state.nu)
+        check_type("scale_by_adamsrt", state, ScaleByAdamSRTState)
+        kept = (state.mu, per_entry), (state.nu, per_group_or_entry)
+        units, x, (g, mu, nu), unflatten = pair(
+            "scale_by_adamsrt", groups, params, updates, *kept, movable=True
+        )
         count = optax.safe_increment(state.count)
-        units = movable(groups, params)
-        check_nu("scale_by_adamsrt", params, nu, units, x)
-        units = present(units, g, updates)
+        units = present(units, g, params)
 
         def step(unit: Unit, g: Any, mu: Any, nu: Any, x: Any) -> dict[int, Any]:
             carried = carry(mu, g, x, unit, decay=b1, gain=1 - b1, square=True)
@@ -210,9 +215,8 @@ def scale_by_adamsrt(
                 g[i], mu[i], nu[i] = found[i]
 
         adam_elsewhere(adam, state.count, g, mu, nu, units)
-        return treedef.unflatten(g), ScaleByAdamSRTState(
-            count, mu_treedef.unflatten(mu), nu_treedef.unflatten(nu)
-        )
+        updates, *moments = unflatten(g, mu, nu)
+        return updates, ScaleByAdamSRTState(count, *moments)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -266,7 +270,7 @@ def transported_trace(
     plain = optax.trace(decay, accumulator_dtype=accumulator_dtype)
 
     def init(params: optax.Params) -> TransportedTraceState:
-        radial_units(groups, params)
+        resolve("transported_trace", groups, params)
         return TransportedTraceState(plain.init(params).trace)
 
     def update(
@@ -276,13 +280,11 @@ def transported_trace(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TransportedTraceState]:
         del extra_args
-        require_params("transported_trace", params)
-        (g, treedef), (x, _) = _trees.flatten(updates), _trees.flatten(params)
-        trace, trace_treedef = _trees.flatten(state.trace)
-        units = movable(groups, params)
-        shapes = [() if leaf is None else leaf.shape for leaf in x]
-        check_state("transported_trace", params, trace, shapes)
-        units = present(units, g, updates)
+        check_type("transported_trace", state, TransportedTraceState)
+        units, x, (g, trace), unflatten = pair(
+            "transported_trace", groups, params, updates, (state.trace, per_entry), movable=True
+        )
+        units = present(units, g, params)
 
         def step(unit: Unit, g: Any, trace: Any, x: Any) -> dict[int, Any]:
             carried = carry(trace, g, x, unit, decay=decay, gain=1)
@@ -299,6 +301,7 @@ def transported_trace(
         steps, kept = plain.update([g[i] for i in rest], taken)
         for i, a, m in zip(rest, steps, kept.trace, strict=True):
             g[i], trace[i] = a.astype(g[i].dtype), m.astype(trace[i].dtype)
-        return treedef.unflatten(g), TransportedTraceState(trace_treedef.unflatten(trace))
+        updates, moments = unflatten(g, trace)
+        return updates, TransportedTraceState(moments)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.groups import RadialGroup
 from spherical_optax.sharding import laid_out
 
 Unit = dict[int, RadialGroup]
@@ -21,19 +21,13 @@ def pick(unit: Unit, leaves: Any) -> dict[int, jax.Array]:
     return {i: leaves[i] for i in unit}
 
 
-def movable(groups: Groups, tree: Any) -> list[Unit]:
-    """The units with a tangent space: all but those of one entry per group."""
-    leaves = _trees.flatten(tree)[0]
-    return [unit for unit in radial_units(groups, tree) if group_size(unit, leaves) > 1]
-
-
 def present(units: list[Unit], leaves: Any, tree: Any) -> list[Unit]:
     """The units whose leaves are there; a missing gradient is `None`.
 
     Args:
       units: The units.
       leaves: The updates, by leaf number.
-      tree: The updates as a tree, for the paths.
+      tree: A tree of such leaves, for the paths.
 
     Raises:
       ValueError: If only some leaves of a joint group are there.
@@ -66,15 +60,6 @@ def elsewhere(units: list[Unit], leaves: list[Any]) -> list[int]:
     ]
 
 
-def require_params(transform: str, params: Any) -> None:
-    """Raises a `ValueError` that names the transform where params is missing."""
-    if params is None:
-        raise ValueError(
-            f"{transform} requires the current value of the parameters, but `params` was not "
-            "passed to `update`: call update(updates, state, params)."
-        )
-
-
 def state_like(params: Any, values: Mapping[int, jax.Array], otherwise: Any) -> Any:
     """A tree like params with raw arrays from `values`, by leaf number.
 
@@ -93,6 +78,12 @@ def zero(box: Any) -> jax.Array:
     """What per-group state holds for a leaf without a group."""
     del box
     return jnp.zeros((), jnp.float32)
+
+
+def evaluated(fn: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, and of `jax.ShapeDtypeStruct` its shapes and dtypes."""
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+    return jax.eval_shape(fn, *args) if abstract else fn(*args)
 
 
 def zeros_as(fn: Callable[..., jax.Array], *args: Any) -> jax.Array:
@@ -160,37 +151,3 @@ def check_values(
 def _known(value: Any) -> bool:
     """Whether this is an array whose values can be looked at."""
     return isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
-
-
-def check_group_state(
-    who: str, params: Any, kept: list[Any], units: list[Unit], x: list[Any]
-) -> None:
-    """As `check_state`, for one value per group, and one zero on a leaf without a group."""
-    shapes = {i: group.shape(x[i].shape) for unit in units for i, group in unit.items()}
-    check_state(who, params, kept, [shapes.get(i, ()) for i in range(len(x))])
-
-
-def check_state(who: str, tree: Any, kept: list[Any], expected: list[tuple[int, ...]]) -> None:
-    """Raises where state was made for other parameters or other groups.
-
-    Args:
-      who: The transform.
-      tree: Parameters or updates, for the paths.
-      kept: The state's leaves.
-      expected: The shapes that they should have.
-
-    Raises:
-      ValueError: If the shapes differ; the message names the first path.
-    """
-    found = [tuple(jnp.shape(leaf)) if leaf is not None else None for leaf in kept]
-    if len(found) != len(expected):
-        raise ValueError(
-            f"{who}: expected a state of {len(expected)} leaves, as there are parameters, found "
-            f"{len(found)}: it was made for other parameters."
-        )
-    for leaf, shape, wanted in zip(_trees.visible_leaves(tree), found, expected, strict=True):
-        if shape is not None and leaf.value is not None and shape != wanted:
-            raise ValueError(
-                f"{who}: {leaf.path} of shape {np.shape(leaf.value)}: expected state of shape "
-                f"{wanted}, found {shape}: it was made with other groups; call init again."
-            )

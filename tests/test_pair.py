@@ -1,0 +1,106 @@
+"""Trees of an update: paired by path, whatever kind of dictionary they are, and checked."""
+
+import collections
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import spherical_optax as so
+from spherical_optax.transforms._pair import pair, per_group
+
+PARAMS = {"a": jnp.zeros((3, 2)), "b": {"c": jnp.zeros((3, 2)), "d": None}}
+GRADS = {"a": 1.0 + PARAMS["a"], "b": {"c": 2.0 + PARAMS["a"], "d": None}}
+GROUPS = so.groups_by_path({"c": so.per_filter()})
+
+
+def in_other_order(tree):
+    pairs = reversed(list(tree.items()))
+    return collections.OrderedDict(
+        (key, in_other_order(value) if isinstance(value, dict) else value) for key, value in pairs
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        in_other_order,
+        flax.core.freeze,
+        lambda tree: nnx.State({"a": nnx.Param(tree["a"]), "b": tree["b"]}),
+    ],
+    ids=["ordered", "frozen", "nnx"],
+)
+def test_leaves_are_paired_by_path(other):
+    """Also where they come in another order, which the result has again."""
+    grads, radius = other(GRADS), {"a": 3.0, "b": {"c": 4.0 + jnp.zeros(2), "d": None}}
+    for params, updates in ((PARAMS, grads), (other(PARAMS), GRADS)):
+        units, x, (g, r), unflatten = pair("f", GROUPS, params, updates, (radius, per_group))
+        [number] = [i for unit in units for i in unit]
+        assert [np.min(g[number]), np.min(r[number]), x[number].shape] == [2, 4, (3, 2)]
+        back, kept = unflatten(g, r)
+        assert jax.tree.structure(back) == jax.tree.structure(updates)
+        jax.tree.map(np.testing.assert_array_equal, back, updates)
+        assert kept == radius
+
+
+def test_updates_keep_their_kind_of_dictionary():
+    tx = so.scale_by_adamsrt(groups={"a": so.per_filter(), "b": None})
+    params = {"a": jnp.eye(2), "b": jnp.ones((2, 2))}
+    grads = {"a": jnp.ones((2, 2)), "b": jnp.full((2, 2), -1.0)}
+    state = tx.init(params)
+    expected, _ = tx.update(grads, state, params)
+    updates, after = tx.update(in_other_order(grads), state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert list(updates) == ["b", "a"]
+    jax.tree.map(np.testing.assert_array_equal, dict(updates), expected)
+
+
+def test_a_missing_gradient_is_none_but_a_missing_parameter_has_no_gradient():
+    grads = {"a": None, "b": {"c": None, "d": None}}
+    assert pair("f", GROUPS, PARAMS, grads).leaves == [[None] * 3]
+    message = r"f: b/d of shape None: expected updates of shape None, found \(3, 2\)"
+    with pytest.raises(ValueError, match=message):
+        pair("f", GROUPS, PARAMS, {"a": None, "b": {"c": None, "d": jnp.zeros((3, 2))}})
+
+
+def test_state_of_another_transformation_is_refused():
+    """Its fields may have the same names: AdamS and AdamSRT."""
+    params = jnp.ones((3, 2))
+    makers = {
+        "scale_by_adams": lambda: so.scale_by_adams(groups=True),
+        "scale_by_adamsrt": lambda: so.scale_by_adamsrt(groups=True),
+        "transported_trace": lambda: so.transported_trace(0.9, groups=True),
+        "transport_moments": lambda: so.transport_moments(optax.trace(0.9), True),
+        "retract": lambda: so.retract(True),
+        "project_radial": lambda: so.project_radial(True),
+        "normalize_updates": lambda: so.normalize_updates(True, decay=0.9),
+        "center_updates": lambda: so.center_updates(True),
+        "project_if_tangent": lambda: so.project_if_tangent(optax.identity(), True),
+        "scale_by_adamg_star": lambda: so.scale_by_adamg_star(0.1, 0.1, groups=True),
+        "record_sphere": lambda: so.record_sphere(True),
+        "record_gradient": lambda: so.record_gradient(True),
+    }
+    state = optax.scale_by_adam().init(params)
+    for name, make in makers.items():
+        message = f"^{name}: expected a state of type {type(make().init(params)).__name__}, found "
+        with pytest.raises(TypeError, match=message + "one of type ScaleByAdamState: it was made"):
+            make().update(params, state, params)
+
+
+@pytest.mark.parametrize("make", [so.scale_by_adamsrt, so.retract, so.record_sphere])
+def test_state_keeps_its_type_on_its_ways(make):
+    """Through tree maps, dictionaries of a checkpoint, and abstract evaluation."""
+    tx, params = optax.masked(make(groups=GROUPS), {"a": False, "b": True}), PARAMS
+    state = tx.init(params)
+    stored = flax.serialization.to_state_dict(state)
+    for same in (
+        jax.tree.map(jnp.copy, state),
+        flax.serialization.from_state_dict(state, stored),
+        jax.eval_shape(lambda: state),
+    ):
+        _, after = jax.eval_shape(tx.update, GRADS, same, params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
