@@ -137,8 +137,8 @@ def aligned(
     if treedef != like:
         keys, found = ([leaf.keys for leaf in _trees.visible_leaves(t)] for t in (params, tree))
         missing, extra = (
-            ["/".join(each) for each in some if each not in set(others)]
-            for some, others in ((keys, found), (found, keys))
+            ["/".join(each) for each in some if each not in others]
+            for some, others in ((keys, set(found)), (found, set(keys)))
         )
         if missing or extra:
             raise ValueError(

@@ -244,9 +244,10 @@ def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
     for path, node in jax.tree_util.tree_leaves_with_path(
         inner_state, is_leaf=lambda node: isinstance(node, carrying)
     ):
+        if not isinstance(node, carrying):
+            continue
         keys = tuple(_trees.key_name(key) for key in path)
-        carried = [leaf.path for leaf in moments if leaf.keys[: len(keys)] == keys]
-        if isinstance(node, carrying) and carried:
+        if carried := [leaf.path for leaf in moments if leaf.keys[: len(keys)] == keys]:
             raise ValueError(
                 f"transport_moments: expected moments that nothing carries yet, found {carried} in "
                 f"{type(node).__name__}: they would be transported and rescaled twice; use the "
