@@ -9,12 +9,18 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-# Most of the time goes into compiling small programs once: let that be quick, not good.
-# Older versions lack the first option; with them the compiler does what it does for users.
+# Most of the time goes into compiling small programs that run once: let that be quick, not
+# good. Only here, as flags are read when the backend starts: programs that the tests start
+# are compiled as for users. Older versions lack the first flag.
 QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
-DEFAULT_FLAGS = os.environ.get("XLA_FLAGS", "")
 if jax.__version_info__ >= (0, 10):
-    os.environ["XLA_FLAGS"] = f"{DEFAULT_FLAGS} {QUICK}"
+    flags = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = f"{flags or ''} {QUICK}"
+    jax.devices()
+    if flags is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = flags
 
 # Each worker writes to its own folder: JAX's cache files are not written atomically.
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"

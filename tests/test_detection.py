@@ -553,7 +553,7 @@ def test_every_leaf_is_right(name, dtype):
         blocks = 2 if "diffusion" in name else 1
         assert all(len({(*path.split("/")[:-blocks],) for path in paths}) == 1 for paths in joint)
         # The gap is orders of magnitude.
-        assert found.invariant_up_to < (3e-4 if dtype == "float32" else 1e-5)
+        assert found.invariant_up_to < (1e-3 if dtype == "float32" else 1e-5)
         assert found.others_from > 0.03
         assert found.forward_passes <= 27
 

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tyro
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -153,55 +154,6 @@ def test_two_processes_are_equal_to_one(tmp_path):
     assert float(result.stdout.split("between 1 and 2: ")[1]) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("program", "options", "message"),
-    [
-        ("digits.py", ["--epochs", "0"], "--epochs: expected at least 1, found 0"),
-        ("digits.py", ["--seeds", "-1"], "--seeds: expected at least 1, found -1"),
-        (
-            "digits.py",
-            ["--learning-rate", "-1"],
-            "--learning-rate: expected a positive number, found -1.0",
-        ),
-        ("digits.py", ["--optimizer", "adagrad"], "adamsrt"),
-        (
-            "effective_learning_rate.py",
-            ["--epochs", "0"],
-            "--epochs: expected at least 1, found 0",
-        ),
-        ("effective_learning_rate.py", ["--seed", "-1"], "--seed: expected at least 0, found -1"),
-        (
-            "sgd_is_adam_on_the_sphere.py",
-            ["--learning-rate", "0.1"],
-            "--learning-rate: expected at least two different ones, found (0.1,)",
-        ),
-        (
-            "sgd_is_adam_on_the_sphere.py",
-            ["--weight-decay", "9"],
-            "--weight-decay: expected a number in [0, 5), found 9.0",
-        ),
-        (
-            "sgd_is_adam_on_the_sphere.py",
-            ["--time", "0.1"],
-            "--time: expected at least one step, found 0.1",
-        ),
-        ("distributed.py", ["--steps", "0"], "--steps: expected at least 1, found 0"),
-        ("distributed.py", ["--bind", ":1"], "--bind: expected --process with it, found :1"),
-        ("ablation.py", ["--images", "1347"], "--images: expected 32 to 1346, found 1347"),
-        (
-            "ablation.py",
-            ["--weight-decays", "0", "-1"],
-            "--weight-decays: expected numbers not below 0, found (0.0, -1.0)",
-        ),
-    ],
-)
-def test_bad_option(program, options, message, tmp_path):
-    result = run(*options, "--out", str(tmp_path), program=program)
-    assert result.returncode != 0
-    assert message in result.stderr + result.stdout
-    assert "Traceback" not in result.stderr
-
-
 WRITTEN = {  # what each program writes to --out
     "examples/ablation.py": ["results.json"],
     "examples/digits.py": ["results.json", "curves.png"],
@@ -210,7 +162,7 @@ WRITTEN = {  # what each program writes to --out
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
     **{
         f"benchmarks/{name}.py": [f"{name}.json"]
-        for name in ("memory", "precision", "recorders", "scaling", "step", "train")
+        for name in ("detection", "memory", "precision", "recorders", "scaling", "step", "train")
     },
 }
 
@@ -280,3 +232,62 @@ def test_address_on_which_the_coordinator_listens(program, bind, expected, monke
     coordinator = {"coordinator": "127.0.0.1:1234", "process": 1}
     program.worker(program.Config(**coordinator, bind=bind))
     assert calls == {"coordinator_bind_address": expected}
+
+
+@pytest.mark.parametrize(
+    ("program", "options", "message"),
+    [
+        ("examples/digits.py", ["--epochs", "0"], "--epochs: expected at least 1, found 0"),
+        ("examples/digits.py", ["--seeds", "-1"], "--seeds: expected at least 1, found -1"),
+        (
+            "examples/digits.py",
+            ["--learning-rate", "-1"],
+            "--learning-rate: expected a positive number, found -1.0",
+        ),
+        ("examples/digits.py", ["--optimizer", "adagrad"], "adamsrt"),
+        (
+            "examples/effective_learning_rate.py",
+            ["--epochs", "0"],
+            "--epochs: expected at least 1, found 0",
+        ),
+        (
+            "examples/effective_learning_rate.py",
+            ["--seed", "-1"],
+            "--seed: expected at least 0, found -1",
+        ),
+        (
+            "examples/sgd_is_adam_on_the_sphere.py",
+            ["--learning-rate", "0.1"],
+            "--learning-rate: expected at least two different ones, found (0.1,)",
+        ),
+        (
+            "examples/sgd_is_adam_on_the_sphere.py",
+            ["--weight-decay", "9"],
+            "--weight-decay: expected a number in [0, 5), found 9.0",
+        ),
+        (
+            "examples/sgd_is_adam_on_the_sphere.py",
+            ["--time", "0.1"],
+            "--time: expected at least one step, found 0.1",
+        ),
+        ("examples/distributed.py", ["--steps", "0"], "--steps: expected at least 1, found 0"),
+        (
+            "examples/distributed.py",
+            ["--bind", ":1"],
+            "--bind: expected --process with it, found :1",
+        ),
+        ("examples/ablation.py", ["--images", "1347"], "--images: expected 32 to 1346, found 1347"),
+        (
+            "examples/ablation.py",
+            ["--weight-decays", "0", "-1"],
+            "--weight-decays: expected numbers not below 0, found (0.0, -1.0)",
+        ),
+    ],
+    indirect=["program"],
+)
+def test_bad_option(program, options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped, within(10):
+        program.main(tyro.cli(program.Config, args=[*options, "--out", str(tmp_path)]))
+    printed = capsys.readouterr()
+    assert stopped.value.code != 0
+    assert message in f"{stopped.value}{printed.err}{printed.out}"

@@ -25,6 +25,9 @@ from test_unit_sphere import PAIRS
 import spherical_optax as so
 from spherical_optax import geometry
 
+# Some shapes drawn are those of a convolution with its outputs first.
+pytestmark = pytest.mark.filterwarnings("ignore:.*groups of output channels")
+
 
 def fuzz(examples):
     """Runs a law on this many examples, or on as many as the environment says."""
