@@ -1,6 +1,7 @@
 """One compilation cache for all sessions, warnings as errors, dtypes as fixtures."""
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -11,9 +12,10 @@ import pytest
 
 # Most of the time goes into compiling small programs that run once: let that be quick, not
 # good. Only here, as flags are read when the backend starts: programs that the tests start
-# are compiled as for users. Older versions lack the first flag.
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+# are compiled as for users, unless given them too. Older versions lack the first flag.
+QUICK = ""
 if jax.__version_info__ >= (0, 10):
+    QUICK = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
     flags = os.environ.get("XLA_FLAGS")
     os.environ["XLA_FLAGS"] = f"{flags or ''} {QUICK}"
     jax.devices()
@@ -22,6 +24,9 @@ if jax.__version_info__ >= (0, 10):
     else:
         os.environ["XLA_FLAGS"] = flags
 
+# Traces are many small objects that live on: rarely worth a search for garbage.
+gc.set_threshold(100_000, 20, 100)
+
 # Each worker writes to its own folder: JAX's cache files are not written atomically.
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update(
@@ -29,6 +34,11 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, and with them their files: these are what a worker takes."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_report_header() -> str:

@@ -1,19 +1,22 @@
 """The benchmarks' programs, in the shortest runs: they measure what they say."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from conftest import QUICK
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-def run(program, *options, out):
+def run(program, *options, out, flags=QUICK):
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, str(BENCHMARKS / program), *options, "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / program.replace(".py", ".json")).read_text())
     assert {"platform", "device", "cores", "jax", "optax"} <= set(report["machine"])
@@ -24,7 +27,7 @@ def run(program, *options, out):
 def test_step(tmp_path):
     names = ["optax.adam", "adamsrt", "adamsrt, composed"]
     options = ["--tree", "resnet18", "--sweeps", "1", "--rounds", "3", "--optimizer", *names]
-    results, printed = run("step.py", *options, out=tmp_path)
+    results, printed = run("step.py", *options, out=tmp_path, flags="")
     assert "resnet18, 11,173,962 parameters" in printed
     adam, fused, composed = results["resnet18"]
     assert [adam["optimizer"], fused["optimizer"], composed["optimizer"]] == names

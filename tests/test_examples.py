@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import pathlib
 import re
 import signal
@@ -13,14 +14,17 @@ import jax
 import numpy as np
 import pytest
 import tyro
+from conftest import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def run(*options, program="digits.py"):
+def run(*options, program="digits.py", flags=QUICK):
+    """Runs a program; those with more arithmetic than compilation without quick compilation."""
     command = [sys.executable, str(EXAMPLES / program), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"XLA_FLAGS": flags}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -109,7 +113,8 @@ def test_find_groups():
 @pytest.mark.slow
 def test_effective_learning_rate(tmp_path):
     names = ["sgd", "adam", "adamw", "adams", "adamsrt"]
-    result = run("--epochs", "2", "--out", str(tmp_path), program="effective_learning_rate.py")
+    program = "effective_learning_rate.py"
+    result = run("--epochs", "1", "--out", str(tmp_path), program=program, flags="")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "results.json").read_text())
     assert list(report["optimizers"]) == names
@@ -128,9 +133,9 @@ def test_effective_learning_rate(tmp_path):
 
 @pytest.mark.slow
 def test_sgd_is_adam_on_the_sphere(tmp_path):
-    options = ["--learning-rate", "0.1", "0.05", "--time", "2", "--images", "64"]
+    options = ["--learning-rate", "0.1", "0.05", "--time", "2", "--images", "32"]
     program = "sgd_is_adam_on_the_sphere.py"
-    result = run(*options, "--out", str(tmp_path), program=program)
+    result = run(*options, "--out", str(tmp_path), program=program, flags="")
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["fitted_powers"]["adamg_star"] > 2.5
