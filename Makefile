@@ -2,11 +2,14 @@
 # fresh clone and install what they need into .venv. `make test-oldest` runs the tests
 # in .venv-oldest, with the oldest versions that pyproject.toml admits; `make test-fuzz`
 # draws 1000 random examples for each law, which takes a quarter of an hour.
+# `make bench-compiled` and `make test-accelerators` look at the programs for accelerators
+# that are not there, in .venv-accelerators.
 
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRA := test
 
-.PHONY: demo test test-oldest test-fuzz lint bench clean
+.PHONY: demo test test-oldest test-fuzz test-accelerators lint bench bench-compiled clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -19,6 +22,9 @@ test-oldest: .venv-oldest/installed
 
 test-fuzz: .venv/installed
 	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
+
+test-accelerators: .venv-accelerators/installed
+	.venv-accelerators/bin/python -m pytest -n 2 tests/test_compiled.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -35,13 +41,18 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
 
+# Takes a quarter of an hour: compiles, for an H100 and a TPU v5e, and runs nothing.
+bench-compiled: .venv-accelerators/installed
+	.venv-accelerators/bin/python benchmarks/compiled.py --out out/benchmarks
+
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
-.venv/installed .venv-oldest/installed: pyproject.toml
+.venv-accelerators/installed: EXTRA := accelerators
+.venv/installed .venv-oldest/installed .venv-accelerators/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet --editable ".[test]" $(VERSIONS)
+	$(@D)/bin/python -m pip install --quiet --editable ".[$(EXTRA)]" $(VERSIONS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-accelerators .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adamg": lambda groups: so.adamg(RATE, groups=groups),
     "adamp": lambda groups: so.adamp(RATE, groups=groups),
     "hyperball": lambda groups: so.hyperball(optax.scale_by_adam(), RATE, groups=groups),
+    "rotational_adamw": lambda groups: so.rotational_adamw(RATE, groups=groups),
     "adamsrt, composed": lambda groups: optax.chain(
         so.transport_moments(so.scale_by_adams(groups=groups), groups),
         optax.scale_by_learning_rate(RATE),
@@ -51,13 +52,18 @@ class Step(NamedTuple):
     """Tracing, lowering and compiling."""
 
 
-def compile_step(tx: optax.GradientTransformation, params: Any, grads: Any) -> Step:
+def compile_step(
+    tx: optax.GradientTransformation,
+    params: Any,
+    grads: Any,
+    place: Callable[[Any], Any] = lambda tree: tree,
+) -> Step:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = jax.eval_shape(tx.init, params)
+    state = place(jax.eval_shape(tx.init, params))
     start = time.perf_counter()
     compiled = step.lower(params, state, grads).compile()
     return Step(compiled, time.perf_counter() - start)

@@ -20,13 +20,17 @@ LANES = 8  # columns that a contiguous axis is cut into
 TILE, TILES = 1 << 15, 8  # entries, which the caches hold; at least so many, of a small array
 WIDE = 1 << 14  # columns; above, XLA's CPU compiler makes even one sum slow, by 20 times
 SMALL = 1 << 16  # entries; below, the loop costs more than the passes
+UNROLLED = 31  # rows; up to so many XLA's GPU compiler adds several sums up in one kernel
+FEW = 1 << 14  # entries; below, nothing is gained on a GPU
 
 
 def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit: Any) -> list[Any]:
     """The inner products of a unit's groups for several pairs of vectors.
 
-    As `geometry.inner` of each pair. On GPU and TPU the compiler reads each array once for
-    all of them; its CPU backend makes one pass for each, so there a loop does it here.
+    As `geometry.inner` of each pair. On TPU the compiler reads each array once for all of
+    them. Its CPU backend makes one pass for each, so there a loop does it here; its GPU backend
+    makes one for each shape of operands, or stores the products, so there rows are added up
+    in parts.
 
     Args:
       vectors: Each a dictionary from leaf number to array.
@@ -57,42 +61,41 @@ def _of_leaf(
         wide = [each.astype(dtype) for each in arrays]
         return [geometry.inner(wide[i], wide[j], group) for i, j in pairs]
 
-    tiles = _tiles(arrays[0].shape, group)
     # An array over several devices would be gathered by the loop; inside shard_map what a loop
     # carries must vary over the same axes as what is added.
-    if jax.device_count() > 1 or manual_axes() or tiles is None:
+    if jax.device_count() > 1 or manual_axes():
         return plainly(*arrays)
-    if len(pairs) == 1 and tiles.shape[-1] <= WIDE:  # one pass already
+    view = _view(arrays[0].shape, group)
+    tiles, rows = _tiles(view), _rows(view)
+    if len(pairs) == 1 and not (tiles and tiles.shape[-1] > WIDE):  # one pass already
         return plainly(*arrays)
+    platforms: dict[str, Any] = {}
+    if tiles:
+        platforms["cpu"] = lambda *arrays: _in_tiles(arrays, pairs, group, dtype, view, tiles)
+    if rows and len(pairs) > 1:
+        platforms["cuda"] = lambda *arrays: _in_parts(arrays, pairs, group, dtype, view, rows)
+    if not platforms:
+        return plainly(*arrays)
+    return lax.platform_dependent(*arrays, **platforms, default=plainly)
 
-    def in_tiles(*arrays: jax.Array) -> list[jax.Array]:
-        return _in_tiles(arrays, pairs, group, dtype, tiles)
 
-    return lax.platform_dependent(*arrays, cpu=in_tiles, default=plainly)
-
-
-class Tiles(NamedTuple):
-    """How an array is cut, seen as (outer, summed, columns).
+class View(NamedTuple):
+    """An array as (outer, summed, columns): axes that index groups, that are summed, all others.
 
     Attributes:
-      shape: Of the view: leading axes that index groups, then axes that are summed, then all
-        others.
-      tile: Of a tile. What is left over of the summed entries is in none.
-      summed: The array's axes that are summed in tiles, from and to.
-      rows: In how many parts a tile's entries are added up first.
-      folded: Whether the columns are parts of each sum: an axis that is contiguous is cut, as
-        adding up along it is not vectorized.
+      shape: Of the view.
+      start: The array's first axis that is summed here.
+      stop: The axis after the last one.
+      whole: Whether the array is one group.
     """
 
     shape: tuple[int, int, int]
-    tile: tuple[int, int, int]
-    summed: tuple[int, int]
-    rows: int
-    folded: bool
+    start: int
+    stop: int
+    whole: bool
 
 
-def _tiles(shape: tuple[int, ...], group: RadialGroup) -> Tiles | None:
-    """How to cut an array, if it is worth it."""
+def _view(shape: tuple[int, ...], group: RadialGroup) -> View:
     ndim, axes = len(shape), group.axes(len(shape))
     start = next((axis for axis in range(ndim) if axis not in axes), ndim)
     stop = next((axis for axis in range(start, ndim) if axis in axes), ndim)
@@ -101,21 +104,97 @@ def _tiles(shape: tuple[int, ...], group: RadialGroup) -> Tiles | None:
     outer, summed, columns = (
         math.prod(part) for part in (shape[:start], shape[start:stop], shape[stop:])
     )
+    return View((outer, summed, columns), start, stop, not axes)
+
+
+def _finish(
+    totals: Sequence[jax.Array], shape: tuple[int, ...], view: View, group: RadialGroup
+) -> list[jax.Array]:
+    """What is left to add up after the view's summed axes: other axes, and blocks."""
+    kept = (*shape[: view.start], *shape[view.stop :])
+    rest = _without(view.stop - view.start, len(shape), view, group)
+    return [geometry.sum_groups(total.reshape(kept), rest) for total in totals]
+
+
+def _without(removed: int, ndim: int, view: View, group: RadialGroup) -> RadialGroup:
+    axes = (axis if axis < view.start else axis - removed for axis in group.axes(ndim))
+    return RadialGroup(tuple(axes), group.num_blocks)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return tuple(p + q for p, q in zip(a, b, strict=True))
+
+
+# --- on a GPU -----------------------------------------------------------------------------
+
+
+def _rows(view: View) -> int | None:
+    """How many rows to add up in one thread, if rows are worth splitting."""
+    _, summed, columns = view.shape
+    if view.whole or columns == 1 or summed <= UNROLLED or math.prod(view.shape) < FEW:
+        return None
+    rows = max(each for each in range(1, UNROLLED + 1) if summed % each == 0)
+    return rows if rows >= 8 else None
+
+
+def _in_parts(
+    arrays: Sequence[jax.Array],
+    pairs: tuple[Pair, ...],
+    group: RadialGroup,
+    dtype: Any,
+    view: View,
+    rows: int,
+) -> list[jax.Array]:
+    """All sums of a few rows in one kernel, which reads each array once; then those of these."""
+    outer, summed, columns = view.shape
+    parts = [each.reshape(outer, summed // rows, rows, columns).astype(dtype) for each in arrays]
+    sums = [(parts[i] * parts[j]).sum(2) for i, j in pairs]
+    # The compiler would make one sum of the two, as they were written before.
+    sums = lax.optimization_barrier(sums)
+    zero = jnp.zeros((), dtype)
+    totals = lax.reduce(tuple(sums), (zero,) * len(pairs), _add, (1,))
+    return _finish(totals, arrays[0].shape, view, group)
+
+
+# --- on CPU -------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """How a view is cut.
+
+    Attributes:
+      shape: Of the view, with contiguous columns where it had one.
+      tile: Of a tile. What is left over of the summed entries is in none.
+      rows: In how many parts a tile's entries are added up first.
+      folded: Whether the columns are parts of each sum: an axis that is contiguous is cut, as
+        adding up along it is not vectorized.
+    """
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    rows: int
+    folded: bool
+
+
+def _tiles(view: View) -> Tiles | None:
+    """How to cut an array, if it is worth it."""
+    outer, summed, columns = view.shape
+    size = math.prod(view.shape)
     folded = columns == 1
     if folded:
         columns = math.gcd(summed, LANES)
         summed //= columns
     rows = min(ROWS, summed)
-    if math.prod(shape) < SMALL or rows < (4 if folded else 2):
+    if size < SMALL or rows < (4 if folded else 2):
         return None
-    entries = min(TILE, math.prod(shape) // TILES)
+    entries = min(TILE, size // TILES)
     width = min(columns, entries // rows)
     least = math.ceil(summed * width / entries)
     height = max(summed // (least * rows), 1) * rows
     depth = 1
     if summed // height == 1 and width == columns:
         depth = min(outer, max(1, entries // (summed * columns)))
-    return Tiles((outer, summed, columns), (depth, height, width), (start, stop), rows, folded)
+    return Tiles((outer, summed, columns), (depth, height, width), rows, folded)
 
 
 def _in_tiles(
@@ -123,14 +202,12 @@ def _in_tiles(
     pairs: tuple[Pair, ...],
     group: RadialGroup,
     dtype: Any,
+    view: View,
     tiles: Tiles,
 ) -> list[jax.Array]:
     (outer, summed, columns), (depth, height, width) = tiles.shape, tiles.tile
     zero = jnp.zeros((), dtype)
     down, across = summed // height, math.ceil(columns / width)
-
-    def add(a: Any, b: Any) -> Any:
-        return tuple(p + q for p, q in zip(a, b, strict=True))
 
     def sums_of(corner: tuple[Any, ...]) -> jax.Array:
         tile = [
@@ -140,7 +217,7 @@ def _in_tiles(
             for each in views
         ]
         products = tuple(tile[i] * tile[j] for i, j in pairs)
-        sums = lax.reduce(products, (zero,) * len(pairs), add, (1,))
+        sums = lax.reduce(products, (zero,) * len(pairs), _add, (1,))
         found = jnp.stack([each.sum(1) for each in sums])
         return found.sum(-1, keepdims=True) if tiles.folded else found
 
@@ -162,22 +239,16 @@ def _in_tiles(
     zeros = jnp.zeros((len(pairs), outer, 1 if tiles.folded else columns), dtype)
     totals = lax.fori_loop(0, places * down, all_places if places > 1 else one_place, zeros)
 
-    shape, (start, stop) = arrays[0].shape, tiles.summed
-
-    def without(removed: int) -> RadialGroup:
-        axes = (axis if axis < start else axis - removed for axis in group.axes(len(shape)))
-        return RadialGroup(tuple(axes), group.num_blocks)
-
-    kept = (*shape[:start], *shape[stop:])
-    found = [geometry.sum_groups(total.reshape(kept), without(stop - start)) for total in totals]
+    shape, (start, stop) = arrays[0].shape, (view.start, view.stop)
+    found = _finish(list(totals), shape, view, group)
     if down * height == summed:
         return found
     left_over = [
         each[:, down * height :].reshape(*shape[:start], -1, *shape[stop:]).astype(dtype)
         for each in views
     ]
-    of_left_over = without(stop - start - 1)
+    rest = _without(stop - start - 1, len(shape), view, group)
     return [
-        total + geometry.inner(left_over[i], left_over[j], of_left_over)
+        total + geometry.inner(left_over[i], left_over[j], rest)
         for total, (i, j) in zip(found, pairs, strict=True)
     ]

@@ -32,7 +32,7 @@ CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update(
     "jax_compilation_cache_dir", str(CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main"))
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 

@@ -167,7 +167,16 @@ WRITTEN = {  # what each program writes to --out
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
     **{
         f"benchmarks/{name}.py": [f"{name}.json"]
-        for name in ("detection", "memory", "precision", "recorders", "scaling", "step", "train")
+        for name in (
+            "compiled",
+            "detection",
+            "memory",
+            "precision",
+            "recorders",
+            "scaling",
+            "step",
+            "train",
+        )
     },
 }
 

@@ -95,7 +95,7 @@ def test_sums_in_one_pass(x64):
     ]
     groups = [group for _, group, _ in TILES.values()]
     for shape, group, tile in TILES.values():
-        assert _sums._tiles(shape, group).tile == tile
+        assert _sums._tiles(_sums._view(shape, group)).tile == tile
 
     @jax.jit
     def sums(vectors):
@@ -105,6 +105,32 @@ def test_sums_in_one_pass(x64):
         for (i, j), value in zip(pairs, found, strict=True):
             expected = geometry.inner(vectors[i][n], vectors[j][n], groups[n])
             np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "rows"),
+    [
+        ((3, 3, 64, 64), so.per_filter(), 24),
+        ((256, 8, 16), so.per_head(-2), 16),
+        ((2, 64, 128), so.RadialGroup((0, -1)), 16),
+        ((300, 64), so.per_channel_block(4), 30),
+    ],
+)
+def test_sums_in_parts(shape, group, rows, x64):
+    """As a GPU adds up, here; where the compiler has one kernel for all sums there is none."""
+    rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
+    x, y = arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(2)]
+    view = _sums._view(shape, group)
+    assert _sums._rows(view) == rows
+    in_parts = lambda x, y: _sums._in_parts((x, y), pairs, group, "float64", view, rows)  # noqa: E731
+    for (i, j), value in zip(pairs, jax.jit(in_parts)(x, y), strict=True):
+        expected = geometry.inner(arrays[i], arrays[j], group)
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
+    found = jax.grad(lambda x: sum(value.sum() for value in in_parts(x, y)))(x)
+    np.testing.assert_allclose(found, 2 * x + y, rtol=1e-12)
+    for other in ((27, 128), (128,), (3, 64, 4), (37 * 31, 64)):
+        rows_of = _sums._rows(_sums._view(other, so.per_filter()))
+        assert rows_of == (31 if other == (37 * 31, 64) else None)
 
 
 def test_the_gradient_of_sums_in_one_pass(x64):

@@ -1,0 +1,299 @@
+"""One optimizer step as XLA compiles it for accelerators that are not there.
+
+For an H100 and a TPU v5e: the bytes that the kernels of the compiled program read and write,
+per parameter, against Optax's Adam. Nothing is run, so nothing is timed. Parameters and state
+are donated.
+
+    make bench-compiled
+    .venv-accelerators/bin/python benchmarks/compiled.py --target h100 --tree resnet18
+"""
+
+import dataclasses
+import importlib
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import numpy as np
+import optax
+import tqdm
+import trees
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from measure import OPTIMIZERS, Row, check_out, compile_step, print_table, write
+
+import spherical_optax as so
+
+Target: TypeAlias = Literal["h100", "v5e"]
+
+# https://docs.nvidia.com/cuda/hopper-tuning-guide and NVIDIA's data sheet, as XLA asks for it.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 9 }
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def _h100() -> Any:
+    return topologies.get_topology_desc(
+        "1x1x1", platform="cuda", topology="1x1x1", target_config=H100
+    )
+
+
+def _v5e() -> Any:
+    # Read when libtpu is loaded: it is to describe a TPU, and not to look for one.
+    os.environ |= {
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    return topologies.get_topology_desc("v5e:2x2", platform="tpu")
+
+
+TARGETS: dict[Target, tuple[str, Callable[[], Any]]] = {
+    "h100": ("jax_plugins.xla_cuda12", _h100),
+    "v5e": ("libtpu", _v5e),
+}
+
+# Beside the three networks: shapes and groups that XLA treats in different ways.
+FILTERS = so.groups_by_path({".*": so.per_filter()})
+CASES = {
+    "kernels (3, 3, 64, 64)": ({"a": (3, 3, 64, 64), "b": (3, 3, 64, 64)}, FILTERS),
+    "kernels (1, 1, 256, 1024)": ({"a": (1, 1, 256, 1024), "b": (1, 1, 256, 1024)}, FILTERS),
+    "blocks": ({"a": (3, 3, 256, 512)}, so.groups_by_path({".*": so.per_channel_block(32)})),
+    "whole arrays": ({"a": (1024, 4096)}, so.groups_by_path({".*": so.per_layer()})),
+    "rows of an embedding": ({"a": (50304, 768)}, so.groups_by_path({".*": so.per_filter(axis=0)})),
+    "joint kernel and bias": (
+        {"a": {"kernel": (1024, 4096), "bias": (4096,)}},
+        so.groups_by_path({".*": so.RadialGroup((-1,), joint="a")}),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Bytes, kernels and temporary memory of one compiled optimizer step."""
+
+    target: tuple[Target, ...] = get_args(Target)
+    """Accelerators to compile for."""
+    tree: tuple[trees.Name, ...] = get_args(trees.Name)
+    """Parameter trees."""
+    optimizer: tuple[str, ...] = tuple(OPTIMIZERS)
+    """Optimizers, by the names in the table; Adam is always among them."""
+    cases: bool = True
+    """Whether to compile single shapes and groups too."""
+    out: pathlib.Path = pathlib.Path("benchmarks/results")
+    """Directory for compiled.json."""
+
+
+# --- what a program reads and writes ------------------------------------------------------
+
+WIDTHS = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, |$)(.*)")
+COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+COPIES = {"copy", "transpose"}
+
+
+class Instruction(NamedTuple):
+    """A line of a compiled program."""
+
+    name: str
+    result: str
+    operation: str
+    arguments: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.-]+)", self.arguments)
+
+
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of all computations by name, and the entry's name."""
+    found: dict[str, list[Instruction]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := COMPUTATION.match(line):
+            name = header[2]
+            found[name] = []
+            entry = name if header[1] else entry
+        elif match := INSTRUCTION.match(line):
+            found[name].append(Instruction(*match.groups()))
+    return found, entry
+
+
+def arrays(result: str) -> list[tuple[int, bool]]:
+    """The bytes of each array of a result, and whether it is in the main memory.
+
+    A TPU's vector and scalar memories are others, `S(1)` and more in the layout.
+    """
+    return [
+        (
+            WIDTHS.get(kind, 1) * math.prod(int(n) for n in shape.split(",") if n),
+            "S(" not in layout,
+        )
+        for kind, shape, layout in ARRAY.findall(result)
+    ]
+
+
+def in_main_memory(result: str) -> int:
+    return sum(size for size, main in arrays(result) if main)
+
+
+def uses(computation: list[Instruction]) -> list[int]:
+    """How often a fusion reads each of its parameters: once, or once for each part it joins."""
+    by_name = {each.name: each for each in computation}
+    joins = next((each for each in computation if each.operation == "concatenate"), None)
+    parameters = [each for each in computation if each.operation == "parameter"]
+    parameters.sort(key=lambda each: int(each.arguments))
+    counts = dict.fromkeys((each.name for each in parameters), 0)
+
+    def reached(name: str, seen: set[str]) -> set[str]:
+        if name not in seen:
+            seen.add(name)
+            for operand in by_name[name].operands:
+                reached(operand, seen)
+        return seen
+
+    for part in joins.operands if joins else ():
+        for name in reached(part, set()) & counts.keys():
+            counts[name] += 1
+    return [max(count, 1) for count in counts.values()]
+
+
+def traffic(text: str) -> tuple[int, int, int]:
+    """Bytes read and written by the kernels of the entry computation, kernels, and copies."""
+    program, entry = computations(text)
+    results = {each.name: each.result for each in program[entry]}
+    total = kernels = copies = 0
+    for each in program[entry]:
+        if each.operation in FREE or each.operation.endswith("-done"):
+            continue
+        found = arrays(each.result)
+        largest = max((size for size, _ in found), default=0)
+        if each.operation in ("copy-start", "slice-start"):  # target, source and a flag
+            ends = found[:2]
+            total += min(size for size, _ in ends) * sum(main for _, main in ends)
+            continue
+        if "ConcatBitcast" in each.rest:  # a TPU's name for slices that lie side by side
+            continue
+        called = re.search(r"calls=%(\S+?)(?:,|$)", each.rest)
+        times = [1] * len(each.operands)
+        if called and each.operation == "fusion":
+            times = uses(program[called[1]])
+        for name, count in zip(each.operands, times, strict=True):
+            total += count * in_main_memory(results[name])
+        total += in_main_memory(each.result)
+        kernels += largest > 8
+        copies += each.operation in COPIES and largest > 1 << 16
+    return total, kernels, copies
+
+
+# --- programs -----------------------------------------------------------------------------
+
+
+def describe(tx: optax.GradientTransformation, shapes: Any, dtype: str, device: Any) -> Row:
+    """What one donated step reads, writes and holds, per parameter."""
+    where = NamedSharding(Mesh(np.array([device]), ("all",)), PartitionSpec())
+
+    def place(tree: Any) -> Any:
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+        return jax.tree.map(like, tree)
+
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    params = place(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=is_shape))
+    compiled = compile_step(tx, params, params, place).run
+    moved, kernels, copies = traffic(compiled.as_text() or "")
+    count = trees.count(shapes)
+    return {
+        "bytes per parameter": moved / count,
+        "kernels": kernels,
+        "copies": copies,
+        "temporary bytes per parameter": compiled.memory_analysis().temp_size_in_bytes / count,
+    }
+
+
+def device_of(target: Target) -> Any:
+    """A device that can be compiled for, and is not there."""
+    package, topology = TARGETS[target]
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise SystemExit(
+            f"compiled.py: --target {target}: expected the package {package}, found none; "
+            "run `make bench-compiled`, or install spherical_optax[accelerators]"
+        ) from None
+    jax.config.update("jax_platforms", "cpu")
+    return topology().devices[0]
+
+
+def measure(config: Config, target: Target) -> dict[str, list[Row]]:
+    device = device_of(target)
+    work = {name: (*trees.TREES[name](), "float32") for name in config.tree}
+    if config.cases:
+        work |= {name: (*case, "float32") for name, case in CASES.items()}
+        work["kernels (3, 3, 512, 512), bfloat16"] = ({"a": (3, 3, 512, 512)}, FILTERS, "bfloat16")
+    found: dict[str, list[Row]] = {}
+    for name, (shapes, groups, dtype) in work.items():
+        found[name] = []
+        for optimizer in tqdm.tqdm(dict.fromkeys(("optax.adam", *config.optimizer)), name):
+            row = describe(OPTIMIZERS[optimizer](groups), shapes, dtype, device)
+            found[name].append({"optimizer": optimizer, **row})
+    return found
+
+
+def table(rows: list[Row]) -> list[Row]:
+    adam = rows[0]["bytes per parameter"]
+    return [
+        {
+            "optimizer": row["optimizer"],
+            "bytes": f"{row['bytes per parameter']:.1f}",
+            "to adam": f"{row['bytes per parameter'] / adam:.2f}",
+            "kernels": row["kernels"],
+            "copies": row["copies"],
+            "temporary": f"{row['temporary bytes per parameter']:.2f}",
+        }
+        for row in rows
+    ]
+
+
+def main(config: Config) -> None:
+    unknown = [name for name in config.optimizer if name not in OPTIMIZERS]
+    if unknown:
+        raise SystemExit(
+            f"compiled.py: --optimizer: expected some of {list(OPTIMIZERS)}, found {unknown}"
+        )
+    check_out(config.out, "compiled.json")
+    results = {target: measure(config, target) for target in config.target}
+    for target, found in results.items():
+        for name, rows in found.items():
+            print_table(f"{target}, {name}", table(rows))
+    print(
+        "\nBytes that the kernels of the compiled step read and write, and bytes of temporary"
+        "\nmemory, per parameter (on TPU those in its main memory); copies above 64 KiB."
+    )
+    settings = {"target": config.target, "tree": config.tree}
+    write(config.out, "compiled", settings, results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
