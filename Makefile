@@ -24,7 +24,7 @@ test-fuzz: .venv/installed
 	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 test-accelerators: .venv-accelerators/installed
-	.venv-accelerators/bin/python -m pytest -n 2 tests/test_compiled.py
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-accelerators/bin/python -m pytest -n 2 tests/test_compiled.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -41,7 +41,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
 
-# Takes a quarter of an hour: compiles, for an H100 and a TPU v5e, and runs nothing.
+# Takes half an hour: compiles, for an H100 and a TPU v5e, and runs nothing.
 bench-compiled: .venv-accelerators/installed
 	.venv-accelerators/bin/python benchmarks/compiled.py --out out/benchmarks
 

@@ -292,7 +292,10 @@ def adamg(
 
 
 def adamg_star(
-    learning_rate: float, weight_decay: float = 0.0, *, groups: Groups
+    learning_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    *,
+    groups: Groups,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamG*: traces the directions of SGD with L2, on the unit sphere.
 
