@@ -25,7 +25,7 @@ import trees
 import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from measure import OPTIMIZERS, Row, check_out, compile_step, print_table, write
+from measure import OPTIMIZERS, Row, check_optimizers, check_out, compile_step, print_table, write
 
 import spherical_optax as so
 
@@ -219,8 +219,7 @@ def describe(tx: optax.GradientTransformation, shapes: Any, dtype: str, device: 
         like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
         return jax.tree.map(like, tree)
 
-    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
-    params = place(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=is_shape))
+    params = place(trees.abstract(shapes, dtype))
     compiled = compile_step(tx, params, params, place).run
     moved, kernels, copies = traffic(compiled.as_text() or "")
     count = trees.count(shapes)
@@ -277,11 +276,7 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 def main(config: Config) -> None:
-    unknown = [name for name in config.optimizer if name not in OPTIMIZERS]
-    if unknown:
-        raise SystemExit(
-            f"compiled.py: --optimizer: expected some of {list(OPTIMIZERS)}, found {unknown}"
-        )
+    check_optimizers("compiled.py", config.optimizer)
     check_out(config.out, "compiled.json")
     results = {target: measure(config, target) for target in config.target}
     for target, found in results.items():

@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -42,6 +42,15 @@ OPTIMIZERS: dict[str, Make] = {
         optax.scale_by_learning_rate(RATE),
     ),
 }
+
+
+def check_optimizers(program: str, names: Sequence[str]) -> None:
+    """Ends the program where an optimizer is not one of `OPTIMIZERS`."""
+    unknown = [name for name in names if name not in OPTIMIZERS]
+    if unknown:
+        raise SystemExit(
+            f"{program}: --optimizer: expected some of {list(OPTIMIZERS)}, found {unknown}"
+        )
 
 
 class Step(NamedTuple):

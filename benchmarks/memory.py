@@ -35,11 +35,7 @@ def size(tree: Any) -> int:
 
 
 def measure(tree: trees.Tree, dtype: Dtype) -> list[Row]:
-    params = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
-        tree.shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    params = trees.abstract(tree.shapes, dtype)
     rows, adam = [], size(jax.eval_shape(OPTIMIZERS["optax.adam"](tree.groups).init, params))
     for name, make in OPTIMIZERS.items():
         tx = make(tree.groups)

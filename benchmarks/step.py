@@ -20,6 +20,7 @@ import tyro
 from measure import (
     OPTIMIZERS,
     Row,
+    check_optimizers,
     check_out,
     compile_step,
     describe_program,
@@ -122,11 +123,7 @@ def table(rows: list[Row]) -> list[Row]:
 
 
 def main(config: Config) -> None:
-    unknown = [name for name in config.optimizer if name not in OPTIMIZERS]
-    if unknown:
-        raise SystemExit(
-            f"step.py: --optimizer: expected some of {list(OPTIMIZERS)}, found {unknown}"
-        )
+    check_optimizers("step.py", config.optimizer)
     check_out(config.out, "step.json")
     results: dict[str, Any] = {}
     for name in config.tree:

@@ -104,6 +104,15 @@ def arrays(shapes: Shapes, seed: int, dtype: Any = jnp.float32) -> Any:
     )
 
 
+def abstract(shapes: Shapes, dtype: Any = jnp.float32) -> Any:
+    """Arrays of these shapes without values."""
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
 def count(shapes: Shapes) -> int:
     """The number of parameters."""
     leaves = jax.tree.leaves(shapes, is_leaf=lambda node: isinstance(node, tuple))

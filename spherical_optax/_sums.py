@@ -27,10 +27,9 @@ FEW = 1 << 14  # entries; below, nothing is gained on a GPU
 def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit: Any) -> list[Any]:
     """The inner products of a unit's groups for several pairs of vectors.
 
-    As `geometry.inner` of each pair. On TPU the compiler reads each array once for all of
-    them. Its CPU backend makes one pass for each, so there a loop does it here; its GPU backend
-    makes one for each shape of operands, or stores the products, so there rows are added up
-    in parts.
+    As `geometry.inner` of each pair. XLA's CPU backend makes one pass for each, so there a loop
+    does it here; its GPU backend makes several, or stores the products, so there rows are added
+    up in parts. On TPU it is left to the compiler.
 
     Args:
       vectors: Each a dictionary from leaf number to array.

@@ -3,7 +3,6 @@
 Needs the packages of the extra `accelerators`; `make test-accelerators` has them.
 """
 
-import importlib.util
 import pathlib
 import sys
 
@@ -40,12 +39,20 @@ def test_bytes_of_a_program():
     assert (kernels, copies) == (2, 0)
 
 
+def test_a_target_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(compiled.TARGETS, "h100", ("jax_plugins.of_no_kind", None))
+    message = "--target h100: expected the package jax_plugins.of_no_kind, found none; run `make "
+    with pytest.raises(SystemExit, match=message):
+        compiled.device_of("h100")
+
+
 @pytest.fixture(scope="module")
 def resnet18():
-    package, _ = compiled.TARGETS["h100"]
-    if importlib.util.find_spec(package.split(".")[0]) is None:
-        pytest.skip(f"needs {package}: make test-accelerators")
-    tree, device = trees.TREES["resnet18"](), compiled.device_of("h100")
+    try:
+        device = compiled.device_of("h100")
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    tree = trees.TREES["resnet18"]()
 
     def describe(name):
         tx = measure.OPTIMIZERS[name](tree.groups)

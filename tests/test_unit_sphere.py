@@ -133,6 +133,17 @@ def test_sums_in_parts(shape, group, rows, x64):
         assert rows_of == (31 if other == (37 * 31, 64) else None)
 
 
+def test_each_platform_gets_its_sums():
+    """A loop on CPU, parts on a GPU, and what the compiler makes of it on TPU."""
+    x, group = jax.ShapeDtypeStruct((1024, 96), "float32"), so.per_filter()
+    traced = jax.jit(lambda x: _sums.inners([{0: x}], [(0, 0)] * 2, {0: group})).trace(x)
+    found = {}
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found[platform] = ["stablehlo.while" in text, "optimization_barrier" in text]
+    assert found == {"cpu": [True, False], "cuda": [False, True], "tpu": [False, False]}
+
+
 def test_the_gradient_of_sums_in_one_pass(x64):
     shape, group, _ = TILES["blocks"]
     x, y = (tree_of({"w": shape}, seed)["w"] for seed in (0, 1))
