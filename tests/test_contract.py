@@ -554,7 +554,7 @@ def test_updates_of_other_paths_or_shapes_are_refused(name):
         ("record_gradient", "record_gradient"),
         ("adamsrt", "scale_by_adamsrt"),
         ("sgdmrt", "transported_trace"),
-        ("adamg", "transport_moments"),
+        ("adamg", "adamg"),
     ],
 )
 def test_update_without_params_names_the_transform(name, transform):

@@ -11,8 +11,14 @@ from spherical_optax._checks import check_learning_rate, check_number, check_tra
 from spherical_optax._masks import Mask, in_groups
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._at_init import require_direction, require_spheres
-from spherical_optax.optimizers._parts import decayed_weights, learning_rates
+from spherical_optax.optimizers._parts import (
+    decayed_weights,
+    elsewhere_only,
+    in_groups_only,
+    learning_rates,
+)
 from spherical_optax.transforms import center_updates, normalize_updates, project_radial, retract
+from spherical_optax.transforms._lift import chain
 
 
 def hyperball(
@@ -73,7 +79,7 @@ def hyperball(
       Wen et al., Hyperball, 2026.
     """
     check_transformation("hyperball", inner)
-    return optax.chain(
+    return chain(
         require_spheres("hyperball", groups),
         require_direction("hyperball", inner, groups),
         inner,
@@ -168,14 +174,14 @@ def _rotational(
     eps: jax.typing.ArrayLike = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     """The rotational variant of `inner`, with the rest of the step of leaves without a group."""
-    return optax.chain(
+    return chain(
         require_spheres(who, groups, center=center),
         inner,
         center_updates(groups) if center else optax.identity(),
         project_radial(groups),
         normalize_updates(groups, decay=decay, eps=eps),
-        optax.masked(optax.scale_by_learning_rate(average_angle), in_groups(groups, True)),
-        optax.masked(others, in_groups(groups, False)),
+        in_groups_only(optax.scale_by_learning_rate(average_angle), groups),
+        elsewhere_only(others, groups),
         retract(groups),
     )
 

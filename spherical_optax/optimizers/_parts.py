@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from spherical_optax._checks import check_learning_rate, check_number
 from spherical_optax._masks import Mask, checked, in_groups
 from spherical_optax.groups import Groups
+from spherical_optax.transforms._lift import Lifted, chain, lift
+from spherical_optax.transforms._pair import pair
+from spherical_optax.transforms._span import Step, shared
 
 
 def decayed_weights(who: str, weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
@@ -26,9 +30,49 @@ def learning_rates(
     """Scales by minus the learning rate, and by minus another on leaves without a group."""
     check_learning_rate(who, learning_rate)
     if other_learning_rate is None:
-        return optax.scale_by_learning_rate(learning_rate)
+        return everywhere(optax.scale_by_learning_rate(learning_rate), groups)
     check_learning_rate(who, other_learning_rate, "other_learning_rate")
-    return optax.chain(
-        optax.masked(optax.scale_by_learning_rate(learning_rate), in_groups(groups, True)),
-        optax.masked(optax.scale_by_learning_rate(other_learning_rate), in_groups(groups, False)),
+    parts = (
+        in_groups_only(optax.scale_by_learning_rate(learning_rate), groups),
+        elsewhere_only(optax.scale_by_learning_rate(other_learning_rate), groups),
     )
+    return lift(chain(*parts).step, alone=optax.chain(*parts))
+
+
+def everywhere(tx: optax.GradientTransformation, groups: Groups) -> Lifted:
+    """A transformation that multiplies all entries by one number, as a step."""
+
+    def begin(updates: Any, state: Any, params: Any) -> Any:
+        units, _, (w,), unflatten = pair("scale", groups, params, updates)
+        grouped = {i for unit in units for i in unit}
+        rest = [i for i, leaf in enumerate(w) if i not in grouped and leaf is not None]
+        (factor, *scaled), state = tx.update([jnp.ones(()), *(w[i] for i in rest)], state)
+        for i, leaf in zip(rest, scaled, strict=True):
+            w[i] = leaf
+        return *unflatten(w), state, lambda v, x, state: (v * factor, state)
+
+    return lift(Step("scale", groups, tx.init, shared, begin), alone=tx)
+
+
+def in_groups_only(tx: optax.GradientTransformation, groups: Groups) -> Lifted:
+    """The same for leaves with a group."""
+    masked = optax.masked(tx, in_groups(groups, True))
+
+    def begin(updates: Any, state: Any, params: Any) -> Any:
+        del params
+        factor, inner_state = tx.update(jnp.ones(()), state.inner_state)
+        state = state._replace(inner_state=inner_state)
+        return updates, state, lambda v, x, state: (v * factor, state)
+
+    return lift(Step("scale", groups, masked.init, shared, begin), alone=masked)
+
+
+def elsewhere_only(tx: optax.GradientTransformation, groups: Groups) -> Lifted:
+    """Any transformation of leaves without a group, as a step that leaves groups alone."""
+    masked = optax.masked(tx, in_groups(groups, False))
+
+    def begin(updates: Any, state: Any, params: Any) -> Any:
+        updates, state = masked.update(updates, state, params)
+        return updates, state, lambda v, x, state: (v, state)
+
+    return lift(Step("scale", groups, masked.init, shared, begin), alone=masked)

@@ -12,9 +12,10 @@ from spherical_optax.transforms import (
     scale_by_adamg_star,
     scale_by_adams,
     scale_by_adamsrt,
-    transport_moments,
     transported_trace,
 )
+from spherical_optax.transforms._adamg import scale_by_adamg
+from spherical_optax.transforms._lift import chain
 
 
 def adams(
@@ -280,12 +281,8 @@ def adamg(
       Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G), in
       the form of the code of Roburin et al., Neurocomputing 2022.
     """
-    return optax.chain(
-        transport_moments(
-            scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype, sqrt_dim=False),
-            groups,
-            rescale=False,
-        ),
+    return chain(
+        scale_by_adamg(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         learning_rates("adamg", learning_rate, other_learning_rate, groups),
         retract(groups, radius=1.0),
     )
@@ -341,7 +338,7 @@ def adamg_star(
     References:
       Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).
     """
-    return optax.chain(
+    return chain(
         scale_by_adamg_star(learning_rate, weight_decay, groups=groups),
         retract(groups, radius=1.0),
     )

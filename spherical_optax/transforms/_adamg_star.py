@@ -10,13 +10,14 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
+from spherical_optax.transforms._lift import lift
+from spherical_optax.transforms._pair import pair, per_group, resolve
+from spherical_optax.transforms._span import Step, Vector
 from spherical_optax.transforms._units import (
     Unit,
     evaluated,
     per_leaf,
     pick,
-    present,
     state_like,
     zero,
     zeros_per_group,
@@ -91,34 +92,22 @@ def scale_by_adamg_star(
             values |= evaluated(start, pick(unit, x))
         return ScaleByAdamGStarState(state_like(params, values, zero))
 
-    def update(
-        updates: optax.Updates,
-        state: ScaleByAdamGStarState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByAdamGStarState]:
-        del extra_args
-        check_type("scale_by_adamg_star", state, ScaleByAdamGStarState)
-        units, x, (g, kept), unflatten = pair(
-            "scale_by_adamg_star", groups, params, updates, (state.accumulator, per_group)
-        )
-        steps: list[Any] = [
+    def begin(updates: Any, state: ScaleByAdamGStarState, params: Any) -> Any:
+        _, x, (g,), unflatten = pair("scale_by_adamg_star", groups, params, updates)
+        steps = [
             None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
             for leaf, w in zip(g, x, strict=True)
         ]
-        for unit in present(units, g, params):
-            fourth, grads = kept[next(iter(unit))], pick(unit, g)
-            square = geometry.inner(pick(unit, x), pick(unit, x), unit)
-            root = geometry.safe_sqrt(fourth)
-            # Without a direction, or a radius of SGD's, the step is that of SGD.
-            known = (square > 0) & (root > 0)
-            factor = jnp.where(known, square / (shrinkage * jnp.where(known, root, 1)), 1)
-            scaled = geometry.scale(-rate * factor, grads, unit)
-            grown = square * geometry.inner(grads, grads, unit)
-            fourth = shrinkage**4 * fourth + 2 * (rate * shrinkage) ** 2 * grown
-            for i, value in per_leaf(fourth, unit, kept).items():
-                steps[i], kept[i] = scaled[i], value
-        updates, accumulator = unflatten(steps, kept)
-        return updates, ScaleByAdamGStarState(accumulator)
+        return *unflatten(steps), state, on_group
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        fourth, square = state.accumulator, x.square()
+        root = geometry.safe_sqrt(fourth)
+        # Without a direction, or a radius of SGD's, the step is that of SGD.
+        known = (square > 0) & (root > 0)
+        factor = jnp.where(known, square / (shrinkage * jnp.where(known, root, 1)), 1)
+        grown = 2 * (rate * shrinkage) ** 2 * square * g.square()
+        return g * (-rate * factor), ScaleByAdamGStarState(shrinkage**4 * fourth + grown)
+
+    kinds = ScaleByAdamGStarState(per_group)
+    return lift(Step("scale_by_adamg_star", groups, init, kinds, begin))

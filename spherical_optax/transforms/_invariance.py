@@ -122,6 +122,11 @@ def project_if_tangent(
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask("project_if_tangent", mask, params)
         units = present(units, g, params)
+        for i in (i for unit in units for i in unit):
+            # XLA would read both moments again in two kernels, to make the update of them.
+            p[i] = jax.lax.platform_dependent(
+                p[i], cuda=jax.lax.optimization_barrier, default=lambda leaf: leaf
+            )
         for unit in units:
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
             sums = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)

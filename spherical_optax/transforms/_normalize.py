@@ -10,10 +10,10 @@ from spherical_optax import geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups
 from spherical_optax.transforms._adams import bias_correction
+from spherical_optax.transforms._lift import lift
 from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
+from spherical_optax.transforms._span import Step, Vector, only, shared
 from spherical_optax.transforms._units import (
-    Unit,
-    per_leaf,
     pick,
     present,
     state_like,
@@ -86,46 +86,28 @@ def normalize_updates(
         zeros = zeros_per_group(units, x)
         return NormalizeUpdatesState(jnp.zeros([], jnp.int32), state_like(params, zeros, zero))
 
-    def update(
-        updates: optax.Updates,
-        state: NormalizeUpdatesState | optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, NormalizeUpdatesState | optax.EmptyState]:
-        del extra_args
-        who = "normalize_updates"
-        if decay is None:
-            check_type(who, state, optax.EmptyState)
-            units, x, (v,), unflatten = pair(who, groups, params, updates)
-            for unit in present(units, v, params):
-                factor = _factor(pick(unit, x), unit, geometry.norm(pick(unit, v), unit))
-                for i, leaf in geometry.scale(factor, pick(unit, v), unit).items():
-                    v[i] = leaf
-            return *unflatten(v), state
+    def to_radius(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        return v * _factor(x.norm(), v.norm()), state
 
-        check_type(who, state, NormalizeUpdatesState)
-        units, x, (v, kept), unflatten = pair(
-            who, groups, params, updates, (state.mean_square, per_group)
-        )
-        steps = optax.safe_increment(state.steps)
-        for unit in present(units, v, params):
-            mean = kept[next(iter(unit))]
-            square = geometry.inner(pick(unit, v), pick(unit, v), unit).astype(mean.dtype)
-            mean = decay * mean + (1 - decay) * square
-            length = geometry.safe_sqrt(mean / bias_correction(decay, steps, mean)) + eps
-            factor = _factor(pick(unit, x), unit, length)
-            scaled = geometry.scale(factor, pick(unit, v), unit)
-            for i, value in per_leaf(mean, unit, kept).items():
-                v[i], kept[i] = scaled[i], value
-        updates, mean_square = unflatten(v, kept)
-        return updates, NormalizeUpdatesState(steps, mean_square)
+    if decay is None:
+        return lift(Step("normalize_updates", groups, init, optax.EmptyState(), only(to_radius)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def begin(updates: Any, state: NormalizeUpdatesState, params: Any) -> Any:
+        del params
+        return updates, state._replace(steps=optax.safe_increment(state.steps)), on_average
+
+    def on_average(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        square = v.square().astype(state.mean_square.dtype)
+        mean = decay * state.mean_square + (1 - decay) * square
+        length = geometry.safe_sqrt(mean / bias_correction(decay, state.steps, mean)) + eps
+        return v * _factor(x.norm(), length), state._replace(mean_square=mean)
+
+    kinds = NormalizeUpdatesState(shared, per_group)
+    return lift(Step("normalize_updates", groups, init, kinds, begin))
 
 
-def _factor(x: dict[int, jax.Array], unit: Unit, length: jax.Array) -> jax.Array:
-    """|x| / length, and 1 where either is zero."""
-    radius = geometry.norm(x, unit)
+def _factor(radius: jax.Array, length: jax.Array) -> jax.Array:
+    """Radius / length, and 1 where either is zero."""
     return jnp.where((radius > 0) & (length > 0), radius / jnp.where(length == 0, 1, length), 1)
 
 

@@ -6,8 +6,9 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._pair import check_type, pair, resolve
-from spherical_optax.transforms._units import pick, present
+from spherical_optax.transforms._lift import lift
+from spherical_optax.transforms._pair import resolve
+from spherical_optax.transforms._span import Step, Vector, only
 
 
 def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -44,18 +45,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
         resolve("project_radial", groups, params)
         return optax.EmptyState()
 
-    def update(
-        updates: optax.Updates,
-        state: optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
-        del extra_args
-        check_type("project_radial", state, optax.EmptyState)
-        units, x, (v,), unflatten = pair("project_radial", groups, params, updates)
-        for unit in present(units, v, params):
-            for i, leaf in geometry.project(pick(unit, v), pick(unit, x), unit).items():
-                v[i] = leaf
-        return *unflatten(v), state
+    def on_group(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        return v - x * geometry.safe_divide(v.inner(x), x.square()), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return lift(Step("project_radial", groups, init, optax.EmptyState(), only(on_group)))

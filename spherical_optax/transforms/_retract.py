@@ -9,18 +9,22 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
+from spherical_optax.transforms._lift import lift
+from spherical_optax.transforms._pair import per_group, resolve
+from spherical_optax.transforms._span import Step, Vector, only
 from spherical_optax.transforms._units import (
     Unit,
     check_values,
     evaluated,
     per_leaf,
     pick,
-    present,
     state_like,
     zero,
     zeros_per_group,
 )
+
+# How short a step may make a group, relative to its length, and keep its direction.
+SHORTEST, SHORTEST_NARROW = 1 / 128, 1 / 2
 
 
 class RetractState(NamedTuple):
@@ -103,35 +107,29 @@ def retract(
             targets |= evaluated(radii, pick(unit, x))
         return RetractState(target_radius=state_like(params, targets, zero))
 
-    def update(
-        updates: optax.Updates,
-        state: RetractState | optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RetractState | optax.EmptyState]:
-        del extra_args
-        check_type("retract", state, RetractState if initial else optax.EmptyState)
-        fields = [(state.target_radius, per_group)] if initial else []
-        units, x, (v, *kept), unflatten = pair("retract", groups, params, updates, *fields)
-        targets = kept[0] if initial else None
-        for unit in present(units, v, params):
-            start = {i: geometry.wide(x[i]) for i in unit}
-            if targets is None:
-                shortest = _shortest(pick(unit, v)) * geometry.norm(start, unit)
-                target = jnp.maximum(jnp.asarray(radius), shortest)
-            else:
-                target = targets[next(iter(unit))]
-            end = geometry.retract(start, pick(unit, v), unit, target, method)
-            for i, group in unit.items():
-                step = (end[i] - start[i]).astype(v[i].dtype)
-                if targets is not None:
-                    step = jnp.where(geometry.spread(target > 0, x[i], group), step, v[i])
-                v[i] = step
-        return unflatten(v, *kept)[0], state
+    def to_initial(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        target = state.target_radius
+        return _ending(v, x, target, method).where(target > 0, v), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def to_number(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        shortest = SHORTEST if jnp.finfo(v.space.dtype).bits >= 32 else SHORTEST_NARROW
+        target = jnp.maximum(jnp.asarray(radius), shortest * x.norm())
+        return _ending(v, x, target, method), state
+
+    if initial:
+        return lift(Step("retract", groups, init, RetractState(per_group), only(to_initial)))
+    return lift(Step("retract", groups, init, optax.EmptyState(), only(to_number)))
 
 
-def _shortest(v: dict[int, jax.Array]) -> float:
-    """How short a step may make a group, relative to its length, and keep its direction."""
-    return 1 / 128 if min(jnp.finfo(leaf.dtype).bits for leaf in v.values()) >= 32 else 1 / 2
+def _ending(v: Vector, x: Vector, radius: Any, method: geometry.Retraction) -> Vector:
+    """The step in place of v that ends on the sphere."""
+    if method == "normalize":
+        length = (x + v).norm()
+        end = (x + v) * geometry.safe_divide(radius, length)
+        return (x * 0).where(length == 0, end - x)
+    square, length = x.square(), x.norm()
+    tangent = v - x * geometry.safe_divide(v.inner(x), square)
+    turn = geometry.safe_divide(tangent.norm(), length)
+    factor = geometry.safe_divide(radius, length)
+    end = x * (factor * jnp.cos(turn)) + tangent * (factor * jnp.sinc(turn / jnp.pi))
+    return v.where(length == 0, end - x)

@@ -15,22 +15,18 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax._sums import inners
-from spherical_optax.groups import Groups, group_size
+from spherical_optax.groups import Groups
 from spherical_optax.transforms._adams import adam_elsewhere, bias_correction
-from spherical_optax.transforms._alike import map_units
+from spherical_optax.transforms._lift import lift
 from spherical_optax.transforms._pair import (
-    check_type,
     pair,
     per_entry,
     per_group_or_entry,
     resolve,
 )
+from spherical_optax.transforms._span import Step, Vector, shared
 from spherical_optax.transforms._units import (
-    Unit,
     elsewhere,
-    per_leaf,
-    present,
     state_like,
     zeros_per_group,
 )
@@ -63,61 +59,19 @@ class TransportedTraceState(NamedTuple):
     trace: optax.Params
 
 
-class Carried(NamedTuple):
-    """A first moment after a step.
+def carry(m: Vector, g: Vector, x: Vector, decay: Any) -> tuple[Vector, Any]:
+    """Transports a moment to x, and adds a gradient: decay T(m) + g.
 
-    The moment of g itself is (moment + radial x) / scale.
-
-    Attributes:
-      moment: Of |x| g, without its radial part, by leaf number.
-      radial: The coefficient of x that was dropped, one per group.
-      radius: r = |x|.
-      scale: r, or 1 where it is 0.
-      square: |g|^2, or 0 where it was not asked for.
+    Returns:
+      The moment without its radial part, and the coefficient of x in this part, one per group.
     """
-
-    moment: dict[int, jax.Array]
-    radial: jax.Array
-    radius: jax.Array
-    scale: jax.Array
-    square: jax.Array
-
-
-def carry(
-    m: Any, g: Any, x: Any, unit: Unit, *, decay: Any, gain: Any, square: bool = False
-) -> Carried:
-    """Transports a moment of |x| g to x, and adds a gradient: decay m + gain |x| g."""
-    smallest = max(float(jnp.finfo(a.dtype).eps) for a in m.values()) ** 2
-    pairs = [(2, 2), (2, 1), (2, 0), (0, 0)] + [(1, 1)] * square
-    xx, gx, mx, mm, *gg = inners((m, g, x), pairs, unit)
-    m, g, x = ({i: v[i].astype(xx.dtype) for i in unit} for v in (m, g, x))
-    radius = geometry.safe_sqrt(xx)
-    scale = jnp.where(xx == 0, 1, radius)
-    # |m - <m, u> u|^2. Of a vector turned by 90 degrees rounding is left, not a direction.
-    tangent = mm - geometry.safe_divide(mx, xx) * mx
-    lost = tangent <= max(smallest, 16 * float(jnp.finfo(xx.dtype).eps)) * mm
-    length = geometry.safe_sqrt(jnp.where(lost, 0, mm)) / jnp.sqrt(jnp.where(lost, 1, tangent))
-    kept = decay * jnp.where(mm == 0, 1, length)  # at 0 for the gradient only
-    radial = gain * gx / scale
-    along = kept * geometry.safe_divide(mx, xx) + radial
-    moment = {
-        i: geometry.spread(kept, x[i], group) * m[i]
-        + geometry.spread(gain * scale, x[i], group) * g[i]
-        - geometry.spread(along, x[i], group) * x[i]
-        for i, group in unit.items()
-    }
-    return Carried(moment, radial, radius, scale, *(gg or [jnp.zeros_like(xx)]))
-
-
-def _direction(carried: Carried, factor: Any, x: Any, unit: Unit) -> dict[int, jax.Array]:
-    """The moment of g itself, times one factor per group."""
-    factor = factor / carried.scale
-    return {
-        # The moment that is stored is read again: XLA then updates both buffers in place.
-        i: geometry.spread(factor, x[i], group) * carried.moment[i]
-        + geometry.spread(factor * carried.radial, x[i], group) * geometry.wide(x[i])
-        for i, group in unit.items()
-    }
+    square = x.square()
+    tangent = m - x * geometry.safe_divide(m.inner(x), square)
+    # Of a vector turned by 90 degrees rounding is left, not a direction: its length is 0 then.
+    length = geometry.safe_divide(m.norm(), tangent.norm())
+    kept = decay * jnp.where(m.square() == 0, 1, length)  # at 0 for the gradient only
+    radial = geometry.safe_divide(g.inner(x), square)
+    return tangent * kept + (g - x * radial), radial
 
 
 def scale_by_adamsrt(
@@ -182,43 +136,35 @@ def scale_by_adamsrt(
             nu=state_like(params, nu, optax.tree.zeros_like),
         )
 
-    def update(
-        updates: optax.Updates,
-        state: ScaleByAdamSRTState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByAdamSRTState]:
-        del extra_args
-        check_type("scale_by_adamsrt", state, ScaleByAdamSRTState)
-        kept = (state.mu, per_entry), (state.nu, per_group_or_entry)
-        units, x, (g, mu, nu), unflatten = pair(
-            "scale_by_adamsrt", groups, params, updates, *kept, movable=True
+    def begin(updates: Any, state: ScaleByAdamSRTState, params: Any) -> Any:
+        units, _, (g, mu, nu), unflatten = pair(
+            "scale_by_adamsrt",
+            groups,
+            params,
+            updates,
+            (state.mu, per_entry),
+            (state.nu, per_group_or_entry),
+            movable=True,
         )
-        count = optax.safe_increment(state.count)
-        units = present(units, g, params)
-
-        def step(unit: Unit, g: Any, mu: Any, nu: Any, x: Any) -> dict[int, Any]:
-            carried = carry(mu, g, x, unit, decay=b1, gain=1 - b1, square=True)
-            v, square = nu[next(iter(unit))], (1 - b2) * carried.square
-            first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
-            variance = (b2 * v / carried.scale**2 + square) / second
-            denominator = first * (geometry.safe_sqrt(variance) + eps)
-            steps = _direction(carried, math.sqrt(group_size(unit, x)) / denominator, x, unit)
-            v = (b2 * v + square * carried.radius**2).astype(v.dtype)
-            return {
-                i: (steps[i].astype(g[i].dtype), carried.moment[i].astype(mu[i].dtype), value)
-                for i, value in per_leaf(v, unit, nu).items()
-            }
-
-        for unit, found in map_units(step, units, g, mu, nu, x):
-            for i in unit:
-                g[i], mu[i], nu[i] = found[i]
-
         adam_elsewhere(adam, state.count, g, mu, nu, units)
         updates, *moments = unflatten(g, mu, nu)
-        return updates, ScaleByAdamSRTState(count, *moments)
+        count = optax.safe_increment(state.count)
+        return updates, ScaleByAdamSRTState(count, *moments), on_group
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        radius = x.norm()
+        scale = jnp.where(radius == 0, 1, radius)
+        moment, radial = carry(state.mu, g * ((1 - b1) * scale), x, b1)
+        v, square = state.nu, (1 - b2) * g.square()
+        first, second = (bias_correction(b, state.count, v) for b in (b1, b2))
+        variance = (b2 * v / scale**2 + square) / second
+        denominator = first * (geometry.safe_sqrt(variance) + eps)
+        factor = math.sqrt(g.space.size) / (denominator * scale)
+        v = (b2 * v + square * radius**2).astype(v.dtype)
+        return (moment.stored() + x * radial) * factor, state._replace(mu=moment, nu=v)
+
+    kinds = ScaleByAdamSRTState(shared, per_entry, per_group_or_entry)
+    return lift(Step("scale_by_adamsrt", groups, init, kinds, begin, movable=True))
 
 
 def transported_trace(
@@ -273,35 +219,23 @@ def transported_trace(
         resolve("transported_trace", groups, params)
         return TransportedTraceState(plain.init(params).trace)
 
-    def update(
-        updates: optax.Updates,
-        state: TransportedTraceState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TransportedTraceState]:
-        del extra_args
-        check_type("transported_trace", state, TransportedTraceState)
-        units, x, (g, trace), unflatten = pair(
+    def begin(updates: Any, state: TransportedTraceState, params: Any) -> Any:
+        units, _, (g, trace), unflatten = pair(
             "transported_trace", groups, params, updates, (state.trace, per_entry), movable=True
         )
-        units = present(units, g, params)
-
-        def step(unit: Unit, g: Any, trace: Any, x: Any) -> dict[int, Any]:
-            carried = carry(trace, g, x, unit, decay=decay, gain=1)
-            return {
-                i: (direction.astype(g[i].dtype), carried.moment[i].astype(trace[i].dtype))
-                for i, direction in _direction(carried, 1, x, unit).items()
-            }
-
-        for unit, found in map_units(step, units, g, trace, x):
-            for i in unit:
-                g[i], trace[i] = found[i]
         rest = elsewhere(units, g)
         taken = optax.TraceState([trace[i] for i in rest])
         steps, kept = plain.update([g[i] for i in rest], taken)
         for i, a, m in zip(rest, steps, kept.trace, strict=True):
             g[i], trace[i] = a.astype(g[i].dtype), m.astype(trace[i].dtype)
         updates, moments = unflatten(g, trace)
-        return updates, TransportedTraceState(moments)
+        return updates, TransportedTraceState(moments), on_group
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        radius = x.norm()
+        scale = jnp.where(radius == 0, 1, radius)
+        moment, radial = carry(state.trace, g * scale, x, decay)
+        return (moment.stored() + x * radial) * (1 / scale), TransportedTraceState(moment)
+
+    kinds = TransportedTraceState(per_entry)
+    return lift(Step("transported_trace", groups, init, kinds, begin, movable=True))

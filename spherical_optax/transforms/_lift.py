@@ -1,0 +1,226 @@
+"""The lift: transformations of trees made of steps of one group.
+
+It knows of trees, joint groups, blocks, dtypes and devices, so that steps need not, and goes over
+the arrays twice: for the inner products that the steps ask for, and for the combinations that
+they return. Neighbours in a `chain` are lifted together, and share the two passes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import geometry
+from spherical_optax._sums import inners
+from spherical_optax.groups import group_size
+from spherical_optax.transforms._alike import map_units
+from spherical_optax.transforms._pair import check_type, pair, per_entry
+from spherical_optax.transforms._span import OnGroup, Space, Step, Vector, shared
+from spherical_optax.transforms._units import Unit, per_leaf, present
+
+ROUNDING = 16  # units of rounding that a sum of products may be off by
+
+
+class Lifted(optax.GradientTransformationExtraArgs):
+    """A transformation that is a step in each group, and can be lifted with its neighbours."""
+
+    step: Step
+
+
+def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifted:
+    """The transformation that a step is.
+
+    Args:
+      step: The step.
+      alone: The same transformation, with an update that is to be preferred where it is not
+        lifted with neighbours.
+    """
+    kinds: list[Any]
+    treedef: Any
+    kinds, treedef = jax.tree.flatten(step.kinds)
+    places = [place for place, kind in enumerate(kinds) if kind is not shared]
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        if step.kinds is not shared:
+            check_type(step.who, state, type(step.kinds))
+        before = pair(step.who, step.groups, params, updates, movable=step.movable).leaves[0]
+        updates, state, on_group = step.begin(updates, state, params)
+        fields = treedef.flatten_up_to(state)
+        trees = [(fields[place], kinds[place]) for place in places]
+        units, x, (after, *lists), unflatten = pair(
+            step.who, step.groups, params, updates, *trees, movable=step.movable
+        )
+
+        def of_unit(unit: Unit, w: Any, x: Any, *parts: Any) -> dict[int, Any]:
+            given, arrays = list(fields), {"update": w, "point": x}
+            for place, part in zip(places, parts, strict=True):
+                given[place] = part[next(iter(unit))]
+                if kinds[place] is per_entry:
+                    arrays[str(place)] = part
+
+            def run(space: Space) -> tuple[Vector, list[Any]]:
+                vectors = {name: Vector({name: 1}, space) for name in arrays}
+                state = [vectors.get(str(place), each) for place, each in enumerate(given)]
+                result, new = on_group(
+                    vectors["update"], vectors["point"], treedef.unflatten(state)
+                )
+                return result, treedef.flatten_up_to(new)
+
+            result, found = run(_space(run, arrays, unit))
+            made: dict[Any, Any] = dict(arrays)
+            new = [_combined(made, result, unit, w)]
+            for place, part in zip(places, parts, strict=True):
+                if kinds[place] is per_entry:
+                    new.append(_combined(made, found[place], unit, part))
+                elif found[place] is given[place]:
+                    new.append(part)
+                else:
+                    new.append(per_leaf(found[place], unit, part))
+            return {i: [each[i] for each in new] for i in unit}
+
+        units = present(units, before, params)
+        for unit, found in map_units(of_unit, units, before, x, *lists):
+            for i in unit:
+                for leaves, leaf in zip((after, *lists), found[i], strict=True):
+                    leaves[i] = leaf
+        updates, *trees = unflatten(after, *lists)
+        for place, tree in zip(places, trees, strict=True):
+            fields[place] = tree
+        return updates, treedef.unflatten(fields)
+
+    lifted = Lifted(step.init, optax.with_extra_args_support(alone).update if alone else update)
+    lifted.step = step
+    return lifted
+
+
+def _space(run: Callable[[Space], Any], arrays: dict[str, Any], unit: Unit) -> Space:
+    """The space of a unit's arrays, with the inner products that a run asks for."""
+    infos = {name: [jnp.finfo(x.dtype) for x in each.values()] for name, each in arrays.items()}
+    like = jax.eval_shape(lambda x: geometry.norm(x, unit), arrays["point"])
+    kept = max(float(info.eps) for name in infos if name != "point" for info in infos[name])
+    space = Space(
+        product=lambda *pair: found[pair],
+        size=group_size(unit, arrays["point"]),
+        lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
+        dtype=min(infos["update"], key=lambda info: info.bits).dtype,
+    )
+    wanted: dict[Any, None] = {}
+
+    def tried(one: jax.Array) -> tuple[()]:
+        def product(*pair: str) -> jax.Array:
+            wanted[pair] = None
+            return one
+
+        run(space._replace(product=product))
+        return ()
+
+    jax.eval_shape(tried, like)
+    names = list(arrays)
+    pairs = [(names.index(i), names.index(j)) for i, j in wanted]
+    found: dict[Any, jax.Array] = dict(
+        zip(wanted, inners(list(arrays.values()), pairs, unit), strict=True)
+    )
+    return space
+
+
+def _combined(made: dict[Any, Any], vector: Vector, unit: Unit, like: Any) -> dict[int, Any]:
+    """The arrays of a vector, of the dtypes of others."""
+    return {i: each.astype(like[i].dtype) for i, each in _made(made, vector, unit).items()}
+
+
+def _made(made: dict[Any, Any], vector: str | Vector, unit: Unit) -> dict[int, Any]:
+    """The arrays of a vector; those of vectors that are stored are made once."""
+    if vector not in made:
+        total: dict[int, Any] = {}
+        for part, coefficient in vector.parts.items():  # type: ignore[union-attr]
+            arrays = _made(made, part, unit)
+            for i, group in unit.items():
+                term = geometry.wide(arrays[i])
+                if not (isinstance(coefficient, int) and coefficient == 1):
+                    each = jnp.asarray(coefficient, term.dtype)
+                    term = term * (geometry.spread(each, term, group) if each.ndim else each)
+                total[i] = total[i] + term if i in total else term
+        made[vector] = total
+    return made[vector]
+
+
+def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As `optax.chain`, with neighbours that can be lifted together in one lift."""
+    runs: list[list[Any]] = []
+    for part in parts:
+        last = runs[-1][-1] if runs else None
+        if (
+            isinstance(part, Lifted)
+            and isinstance(last, Lifted)
+            and part.step.groups is last.step.groups
+        ):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    joined = [
+        lift(_in_turn([part.step for part in run])) if len(run) > 1 else run[0] for run in runs
+    ]
+    if len(joined) == 1:
+        return joined[0]
+    wrapped = [optax.with_extra_args_support(each) for each in joined]
+
+    def init(params: optax.Params) -> optax.OptState:
+        return tuple(part.init(params) for part in parts)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if len(state) != len(parts):
+            raise ValueError(
+                f"chain: expected the states of {len(parts)} transformations, found "
+                f"{len(state)}: it was made by another chain; call init of this one."
+            )
+        states: list[Any] = []
+        for run, tx in zip(runs, wrapped, strict=True):
+            mine = tuple(state[len(states) : len(states) + len(run)])
+            updates, new = tx.update(
+                updates, mine if len(run) > 1 else mine[0], params, **extra_args
+            )
+            states += new if len(run) > 1 else [new]
+        return updates, tuple(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_turn(steps: list[Step]) -> Step:
+    """Several steps as one."""
+
+    def init(params: Any) -> tuple[Any, ...]:
+        return tuple(step.init(params) for step in steps)
+
+    def begin(updates: Any, state: Any, params: Any) -> tuple[Any, Any, OnGroup]:
+        states, functions = [], []
+        for step, each in zip(steps, state, strict=True):
+            if step.kinds is not shared:
+                check_type(step.who, each, type(step.kinds))
+            updates, new, on_group = step.begin(updates, each, params)
+            states.append(new)
+            functions.append(on_group)
+
+        def on_groups(update: Vector, point: Vector, state: Any) -> tuple[Vector, Any]:
+            states = []
+            for on_group, each in zip(functions, state, strict=True):
+                update, new = on_group(update, point, each)
+                states.append(new)
+            return update, tuple(states)
+
+        return updates, tuple(states), on_groups
+
+    kinds = tuple(step.kinds for step in steps)
+    return Step(steps[0].who, steps[0].groups, init, kinds, begin, steps[0].movable)
