@@ -9,68 +9,24 @@ are donated.
 """
 
 import dataclasses
-import importlib
 import math
-import os
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import numpy as np
 import optax
+import targets
 import tqdm
 import trees
 import tyro
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import OPTIMIZERS, Row, check_optimizers, check_out, compile_step, print_table, write
 
 import spherical_optax as so
 
 Target: TypeAlias = Literal["h100", "v5e"]
-
-# https://docs.nvidia.com/cuda/hopper-tuning-guide and NVIDIA's data sheet, as XLA asks for it.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 minor: 0 }
-}
-platform_name: "CUDA"
-runtime_version { major: 12 minor: 9 }
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def _h100() -> Any:
-    return topologies.get_topology_desc(
-        "1x1x1", platform="cuda", topology="1x1x1", target_config=H100
-    )
-
-
-def _v5e() -> Any:
-    # Read when libtpu is loaded: it is to describe a TPU, and not to look for one.
-    os.environ |= {
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    return topologies.get_topology_desc("v5e:2x2", platform="tpu")
-
-
-TARGETS: dict[Target, tuple[str, Callable[[], Any]]] = {
-    "h100": ("jax_plugins.xla_cuda12", _h100),
-    "v5e": ("libtpu", _v5e),
-}
 
 # Beside the three networks: shapes and groups that XLA treats in different ways.
 FILTERS = so.groups_by_path({".*": so.per_filter()})
@@ -231,22 +187,8 @@ def describe(tx: optax.GradientTransformation, shapes: Any, dtype: str, device: 
     }
 
 
-def device_of(target: Target) -> Any:
-    """A device that can be compiled for, and is not there."""
-    package, topology = TARGETS[target]
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError:
-        raise SystemExit(
-            f"compiled.py: --target {target}: expected the package {package}, found none; "
-            "run `make bench-compiled`, or install spherical_optax[accelerators]"
-        ) from None
-    jax.config.update("jax_platforms", "cpu")
-    return topology().devices[0]
-
-
 def measure(config: Config, target: Target) -> dict[str, list[Row]]:
-    device = device_of(target)
+    device = targets.devices("compiled.py", target)[0]
     work = {name: (*trees.TREES[name](), "float32") for name in config.tree}
     if config.cases:
         work |= {name: (*case, "float32") for name, case in CASES.items()}

@@ -1,5 +1,6 @@
 """Several sums over a group in one pass over memory."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -24,7 +25,13 @@ UNROLLED = 31  # rows; up to so many XLA's GPU compiler adds several sums up in 
 FEW = 1 << 14  # entries; below, nothing is gained on a GPU
 
 
-def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit: Any) -> list[Any]:
+def inners(
+    vectors: Sequence[dict[int, jax.Array]],
+    pairs: Sequence[Pair],
+    unit: Any,
+    *,
+    reduced: bool = False,
+) -> list[Any]:
     """The inner products of a unit's groups for several pairs of vectors.
 
     As `geometry.inner` of each pair. XLA's CPU backend makes one pass for each, so there a loop
@@ -35,6 +42,7 @@ def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit:
       vectors: Each a dictionary from leaf number to array.
       pairs: Which vectors to multiply, by their position.
       unit: From leaf number to `RadialGroup`.
+      reduced: Whether sums are made of what is returned, not only other values per group.
 
     Returns:
       One value per group for each pair, as from `geometry.inner`, all of the widest dtype.
@@ -43,7 +51,7 @@ def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit:
     dtype = max(accumulators, key=lambda each: jnp.finfo(each).bits)
     totals: list[Any] = []
     for i, group in unit.items():
-        sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group, dtype)
+        sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group, dtype, reduced)
         if totals:
             like = jax.typeof(totals[0])
             sums = [laid_out(value, like.shape, like.sharding) for value in sums]
@@ -54,7 +62,11 @@ def inners(vectors: Sequence[dict[int, jax.Array]], pairs: Sequence[Pair], unit:
 
 
 def _of_leaf(
-    arrays: list[jax.Array], pairs: tuple[Pair, ...], group: RadialGroup, dtype: Any
+    arrays: list[jax.Array],
+    pairs: tuple[Pair, ...],
+    group: RadialGroup,
+    dtype: Any,
+    reduced: bool,
 ) -> list[jax.Array]:
     def plainly(*arrays: jax.Array) -> list[jax.Array]:
         wide = [each.astype(dtype) for each in arrays]
@@ -72,7 +84,9 @@ def _of_leaf(
     if tiles:
         platforms["cpu"] = lambda *arrays: _in_tiles(arrays, pairs, group, dtype, view, tiles)
     if rows and len(pairs) > 1:
-        platforms["cuda"] = lambda *arrays: _in_parts(arrays, pairs, group, dtype, view, rows)
+        platforms["cuda"] = lambda *arrays: _in_parts(
+            arrays, pairs, group, dtype, view, rows, reduced
+        )
     if not platforms:
         return plainly(*arrays)
     return lax.platform_dependent(*arrays, **platforms, default=plainly)
@@ -143,6 +157,7 @@ def _in_parts(
     dtype: Any,
     view: View,
     rows: int,
+    reduced: bool = False,
 ) -> list[jax.Array]:
     """All sums of a few rows in one kernel, which reads each array once; then those of these."""
     outer, summed, columns = view.shape
@@ -150,9 +165,20 @@ def _in_parts(
     sums = [(parts[i] * parts[j]).sum(2) for i, j in pairs]
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
-    zero = jnp.zeros((), dtype)
-    totals = lax.reduce(tuple(sums), (zero,) * len(pairs), _add, (1,))
+    if reduced:
+        zero = jnp.zeros((), dtype)
+        totals = lax.reduce(tuple(sums), (zero,) * len(pairs), _add, (1,))
+        return _finish(totals, arrays[0].shape, view, group)
+    # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
+    few = max(each for each in range(1, UNROLLED + 1) if summed // rows % each == 0)
+    slices = [jnp.unstack(each.reshape(outer, -1, few, columns), axis=1) for each in sums]
+    totals = [functools.reduce(jnp.add, (part.sum(1) for part in each)) for each in slices]
     return _finish(totals, arrays[0].shape, view, group)
+
+
+def once(x: jax.Array) -> jax.Array:
+    """The array as it is, which XLA's GPU compiler shall not compute again where it is used."""
+    return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 
 # --- on CPU -------------------------------------------------------------------------------

@@ -86,13 +86,17 @@ def test_sums_in_one_pass(x64):
         ((300, 64), so.per_channel_block(4), 30),
     ],
 )
-def test_sums_in_parts(shape, group, rows, x64):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_sums_in_parts(shape, group, rows, reduced, x64):
     """As a GPU adds up, here; where the compiler has one kernel for all sums there is none."""
     rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
     x, y = arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(2)]
     view = _sums._view(shape, group)
     assert _sums._rows(view) == rows
-    in_parts = lambda x, y: _sums._in_parts((x, y), pairs, group, "float64", view, rows)  # noqa: E731
+
+    def in_parts(x, y):
+        return _sums._in_parts((x, y), pairs, group, "float64", view, rows, reduced)
+
     for (i, j), value in zip(pairs, jax.jit(in_parts)(x, y), strict=True):
         expected = geometry.inner(arrays[i], arrays[j], group)
         np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)

@@ -10,7 +10,7 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
-from spherical_optax._sums import inners
+from spherical_optax._sums import inners, once
 from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out
 from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
@@ -124,12 +124,11 @@ def project_if_tangent(
         units = present(units, g, params)
         for i in (i for unit in units for i in unit):
             # XLA would read both moments again in two kernels, to make the update of them.
-            p[i] = jax.lax.platform_dependent(
-                p[i], cuda=jax.lax.optimization_barrier, default=lambda leaf: leaf
-            )
+            p[i] = once(p[i])  # or both moments are read once more, in two kernels
         for unit in units:
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
-            sums = inners((pick(unit, x), pick(unit, g), pick(unit, p)), pairs, unit)
+            arrays = (pick(unit, x), pick(unit, g), pick(unit, p))
+            sums = inners(arrays, pairs, unit, reduced=True)
             xx, gx, gg, px = map(jnp.atleast_1d, sums)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._sums import inners
+from spherical_optax._sums import inners, once
 from spherical_optax.groups import group_size
 from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._pair import check_type, pair, per_entry
@@ -145,7 +145,7 @@ def _made(made: dict[Any, Any], vector: str | Vector, unit: Unit) -> dict[int, A
             for i, group in unit.items():
                 term = geometry.wide(arrays[i])
                 if not (isinstance(coefficient, int) and coefficient == 1):
-                    each = jnp.asarray(coefficient, term.dtype)
+                    each = once(jnp.asarray(coefficient, term.dtype))
                     term = term * (geometry.spread(each, term, group) if each.ndim else each)
                 total[i] = total[i] + term if i in total else term
         made[vector] = total
