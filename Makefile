@@ -2,14 +2,14 @@
 # fresh clone and install what they need into .venv. `make test-oldest` runs the tests
 # in .venv-oldest, with the oldest versions that pyproject.toml admits; `make test-fuzz`
 # draws 1000 random examples for each law, which takes a quarter of an hour.
-# `make bench-compiled` and `make test-accelerators` look at the programs for accelerators
-# that are not there, in .venv-accelerators.
+# `make bench-compiled`, `make bench-sharded` and `make test-accelerators` look at the programs
+# for accelerators that are not there, in .venv-accelerators.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-oldest test-fuzz test-accelerators lint bench bench-compiled clean
+.PHONY: demo test test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -41,9 +41,12 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
 
-# Takes half an hour: compiles, for an H100 and a TPU v5e, and runs nothing.
+# Compile for accelerators that are not there, and run nothing: 20 and 8 minutes.
 bench-compiled: .venv-accelerators/installed
 	.venv-accelerators/bin/python benchmarks/compiled.py --out out/benchmarks
+
+bench-sharded: .venv-accelerators/installed
+	.venv-accelerators/bin/python benchmarks/sharded.py --out out/benchmarks
 
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt

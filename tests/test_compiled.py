@@ -3,7 +3,9 @@
 Needs the packages of the extra `accelerators`; `make test-accelerators` has them.
 """
 
+import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -124,3 +126,20 @@ def test_temporary_memory_beside_gradients(device, name):
 
     of_all = 4 * trees.count(shapes)
     assert temporary(name) <= temporary("optax.adam") + 0.05 * of_all
+
+
+def test_a_sharded_step_communicates_the_sums(device, tmp_path):
+    """In a process of its own, which sees several devices as on a cluster."""
+    del device
+    program = pathlib.Path(__file__).parent.parent / "benchmarks" / "sharded.py"
+    size = ["--layers", "2", "--width", "1024", "--tokens", "256"]
+    target = ["--target", "256 h100", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, program, *size, *target], check=True, timeout=240)
+    results = json.loads((tmp_path / "sharded.json").read_text())["results"]
+    assert list(results) == ["256 h100, fsdp", "256 h100, fsdp x tensor"]
+    for rows in results.values():
+        for row in rows:
+            assert row["bytes"] == row["bytes by the formula"]
+            # The smallest matrix has 4 MB; what is here may be one with Adam's small ones.
+            assert row["largest, bytes"] <= 8192
+            assert (row["bytes"] > 0) == (row["optimizer"] != "optax.adam")

@@ -13,17 +13,20 @@ from spherical_optax.optimizers._fixed_radius import (
     rotational_lion,
     rotational_sgdm,
 )
+from spherical_optax.optimizers._named import adamh, muonh
 from spherical_optax.optimizers._spherical import adamg, adamg_star, adams, adamsrt, sgdmrt
 
 __all__ = [
     "adamg",
     "adamg_star",
+    "adamh",
     "adamp",
     "adams",
     "adamsrt",
     "adamsrtw",
     "adamsw",
     "hyperball",
+    "muonh",
     "rotational",
     "rotational_adamw",
     "rotational_lion",

@@ -1,0 +1,148 @@
+"""AdamH and MuonH against their formulas in NumPy, on trees of all kinds of leaves."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from layouts import tree_of
+from trajectory import run
+
+import spherical_optax as so
+
+SHAPES = {
+    "embedding": (7, 4),
+    "layers": {"up": (2, 4, 6), "norm": (2, 4)},
+    "experts": (2, 3, 4, 5),
+    "conv": (3, 3, 2, 4),
+    "head": {"kernel": (4, 7), "bias": (7,)},
+}
+GROUPS = so.groups_by_path(
+    {
+        "layers/up": so.RadialGroup((0,)),
+        "experts": so.RadialGroup((0, 1)),
+        "head/kernel": so.per_filter(),
+    }
+)
+RATE, OTHER, B1, B2, EPS, MOMENTUM = 0.1, 0.03, 0.8, 0.9, 1e-3, 0.7
+
+
+def adam(grads):
+    """Its direction at each step."""
+    m, v = 0, 0
+    for t, g in enumerate(grads, start=1):
+        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g**2
+        yield m / (1 - B1**t) / (np.sqrt(v / (1 - B2**t)) + EPS)
+
+
+def orthogonal(matrix):
+    """Five Newton-Schulz iterations, of the wide matrix."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon(grads, corrected):
+    m = 0
+    for t, g in enumerate(grads, start=1):
+        if corrected:  # as `optax.contrib.muon`: the momentum of the step to come
+            m = MOMENTUM * m + (1 - MOMENTUM) * g
+            ahead = MOMENTUM * m / (1 - MOMENTUM ** (t + 1))
+            ahead = ahead + (1 - MOMENTUM) * g / (1 - MOMENTUM**t)
+        else:
+            m = MOMENTUM * m + g
+            ahead = MOMENTUM * m + g
+        flat = ahead.reshape(-1, *ahead.shape[-2:])
+        yield np.stack([orthogonal(each) for each in flat]).reshape(ahead.shape)
+
+
+def on_sphere(x, directions, axes):
+    """Steps of a relative length, and back to the sphere; norms over all axes but those."""
+    summed = tuple(i for i in range(x.ndim) if i not in axes)
+    norm = lambda y: np.sqrt((y**2).sum(summed, keepdims=True))  # noqa: E731
+    radius = norm(x)
+    for w in directions:
+        y = x - RATE * radius * w / norm(w)
+        x = radius * y / norm(y)
+    return x
+
+
+def expected(name, params, grads):
+    axes = {"layers/up": (0,), "experts": (0, 1), "head/kernel": (1,)}
+    found = {}
+    for (path, x), *steps in zip(*map(jax.tree.leaves_with_path, (params, *grads)), strict=True):
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        steps = [np.asarray(step) for _, step in steps]
+        if key not in axes:
+            found[key] = np.asarray(x) - OTHER * sum(adam(steps))
+        else:
+            directions = adam(steps) if name == "adamh" else muon(steps, name == "muonh")
+            found[key] = on_sphere(np.asarray(x), directions, axes[key])
+    return found
+
+
+OPTIMIZERS = {
+    "adamh": so.adamh(RATE, B1, B2, EPS, groups=GROUPS, other_learning_rate=OTHER),
+    "muonh": so.muonh(RATE, MOMENTUM, B1, B2, EPS, groups=GROUPS, other_learning_rate=OTHER),
+    "muonh, uncorrected": so.muonh(
+        RATE, MOMENTUM, B1, B2, EPS, groups=GROUPS, other_learning_rate=OTHER, bias_correction=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_follows_its_formula(name, x64):
+    params, grads = tree_of(SHAPES, 0), [tree_of(SHAPES, seed) for seed in range(1, 5)]
+    end = run(OPTIMIZERS[name], params, grads)[-1]
+    for path, leaf in jax.tree.leaves_with_path(end):
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_allclose(
+            leaf, expected(name, params, grads)[key], rtol=1e-12, atol=1e-12, err_msg=key
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "found"),
+    [((3, 3, 2, 4), so.per_layer(), 4), ((4, 2, 3), so.per_layer(), 3), ((8,), so.per_layer(), 1)],
+)
+def test_what_muon_cannot_take_is_named(shape, group, found):
+    params = {"layer": {"kernel": jnp.ones(shape)}}
+    tx = so.muonh(0.1, groups={"layer": {"kernel": group}})
+    message = f"muonh: layer/kernel of shape {shape}: expected a group of two axes for Muon, found "
+    with pytest.raises(ValueError, match=re.escape(f"{message}{found} beside")):
+        tx.init(params)
+
+
+@pytest.mark.parametrize("name", ["adamh", "muonh"])
+@pytest.mark.parametrize("argument", ["b1", "b2"])
+def test_bad_numbers_are_named(name, argument):
+    with pytest.raises(ValueError, match=rf"{name}: expected {argument} in \[0, 1\), found 1.0"):
+        getattr(so, name)(0.1, **{argument: 1.0}, groups=None)
+
+
+def test_plain_momentum_is_that_of_a_chain(x64):
+    """The port of marin's MuonH: a trace with Nesterov, and Muon without momentum."""
+    params = {"kernel": tree_of((4, 6), 0)}
+    grads = [{"kernel": tree_of((4, 6), seed)} for seed in range(1, 5)]
+    groups = so.groups_by_path({"kernel": so.per_layer()})
+    direction = optax.chain(
+        optax.trace(0.95, nesterov=True),
+        optax.contrib.scale_by_muon(
+            beta=0.0,
+            nesterov=False,
+            weight_dimension_numbers={"kernel": optax.contrib.MuonDimensionNumbers()},
+        ),
+    )
+    paths = [
+        run(tx, params, grads)
+        for tx in (
+            so.muonh(0.1, groups=groups, bias_correction=False),
+            so.hyperball(direction, 0.1, groups=groups),
+        )
+    ]
+    np.testing.assert_allclose(*(path[-1]["kernel"] for path in paths), rtol=1e-12)
