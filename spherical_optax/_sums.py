@@ -120,6 +120,12 @@ def _view(shape: tuple[int, ...], group: RadialGroup) -> View:
     return View((outer, summed, columns), start, stop, not axes)
 
 
+def _more(view: View, ndim: int, group: RadialGroup) -> bool:
+    """Whether anything is left to add up after the view's summed axes."""
+    kept = ndim - (view.stop - view.start)
+    return kept > len(group.axes(ndim)) or group.num_blocks is not None
+
+
 def _finish(
     totals: Sequence[jax.Array], shape: tuple[int, ...], view: View, group: RadialGroup
 ) -> list[jax.Array]:
@@ -165,7 +171,7 @@ def _in_parts(
     sums = [(parts[i] * parts[j]).sum(2) for i, j in pairs]
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
-    if reduced:
+    if reduced or _more(view, len(arrays[0].shape), group):
         zero = jnp.zeros((), dtype)
         totals = lax.reduce(tuple(sums), (zero,) * len(pairs), _add, (1,))
         return _finish(totals, arrays[0].shape, view, group)
@@ -178,6 +184,8 @@ def _in_parts(
 
 def once(x: jax.Array) -> jax.Array:
     """The array as it is, which XLA's GPU compiler shall not compute again where it is used."""
+    if x.ndim == 0:  # it would not, and might copy what is donated
+        return x
     return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 

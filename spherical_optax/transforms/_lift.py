@@ -29,13 +29,16 @@ class Lifted(optax.GradientTransformationExtraArgs):
     step: Step
 
 
-def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifted:
+def lift(
+    step: Step, alone: optax.GradientTransformation | None = None, *, fresh: bool = False
+) -> Lifted:
     """The transformation that a step is.
 
     Args:
       step: The step.
       alone: The same transformation, with an update that is to be preferred where it is not
         lifted with neighbours.
+      fresh: Whether the updates come from a part of the same chain, which may be worth storing.
     """
     kinds: list[Any]
     treedef: Any
@@ -60,6 +63,7 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
         )
 
         def of_unit(unit: Unit, w: Any, x: Any, *parts: Any) -> dict[int, Any]:
+            w = {i: once(leaf) for i, leaf in w.items()} if fresh else w
             given, arrays = list(fields), {"update": w, "point": x}
             for place, part in zip(places, parts, strict=True):
                 given[place] = part[next(iter(unit))]
@@ -166,7 +170,8 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
         else:
             runs.append([part])
     joined = [
-        lift(_in_turn([part.step for part in run])) if len(run) > 1 else run[0] for run in runs
+        lift(_in_turn([part.step for part in run]), fresh=n > 0) if len(run) > 1 else run[0]
+        for n, run in enumerate(runs)
     ]
     if len(joined) == 1:
         return joined[0]
