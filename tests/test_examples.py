@@ -174,6 +174,7 @@ WRITTEN = {  # what each program writes to --out
             "precision",
             "recorders",
             "scaling",
+            "sharded",
             "step",
             "train",
         )

@@ -81,7 +81,7 @@ class Vector:
     def inner(self, other: "Vector") -> Any:
         """The inner product with another vector, one per group."""
         return sum(
-            a * b * self.space.product(*sorted((i, j)))
+            a * (b * self.space.product(*sorted((i, j))))  # a b alone might leave the range
             for i, a in self.of_arrays().items()
             for j, b in other.of_arrays().items()
         )
@@ -89,11 +89,11 @@ class Vector:
     def square(self) -> Any:
         """The squared length, one per group; 0 where only rounding is left of it."""
         parts = self.of_arrays()
-        squares = sum(a * a * self.space.product(i, i) for i, a in parts.items())
+        squares = sum(a * (a * self.space.product(i, i)) for i, a in parts.items())
         if len(parts) < 2:
             return squares
         mixed = sum(
-            2 * a * b * self.space.product(*sorted((i, j)))
+            2 * a * (b * self.space.product(*sorted((i, j))))
             for i, a in parts.items()
             for j, b in parts.items()
             if i < j
