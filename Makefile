@@ -41,7 +41,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
 
-# Compile for accelerators that are not there, and run nothing: 20 and 8 minutes.
+# Compile for accelerators that are not there, and run nothing: a quarter of an hour, 7 minutes.
 bench-compiled: .venv-accelerators/installed
 	.venv-accelerators/bin/python benchmarks/compiled.py --out out/benchmarks
 
