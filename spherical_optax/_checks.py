@@ -40,12 +40,12 @@ def check_number(
         raise ValueError(f"{who}: expected {name} in {interval}, found {found}.")
 
 
-def check_transformation(who: str, inner: Any) -> None:
+def check_transformation(who: str, inner: Any, name: str = "inner") -> None:
     """Raises unless this is a gradient transformation."""
     if isinstance(inner, type) or not (hasattr(inner, "init") and hasattr(inner, "update")):
         remedy = "call it" if callable(inner) else "pass one, such as optax.trace(0.9)"
         raise TypeError(
-            f"{who}: expected a gradient transformation as inner, found {inner!r}; {remedy}."
+            f"{who}: expected a gradient transformation as {name}, found {inner!r}; {remedy}."
         )
 
 

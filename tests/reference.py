@@ -51,3 +51,52 @@ def sgdmrt(x, grads, *, lr, momentum, dampening, weight_decay):
         x = new
         path.append(x)
     return np.stack(path)
+
+
+def adam(grads, b1, b2, eps):
+    """Adam's direction at each step."""
+    m, v = 0, 0
+    for t, g in enumerate(grads, start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        yield m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def orthogonal(matrix):
+    """Muon's five Newton-Schulz iterations, of the wide matrix."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def muon(grads, momentum, corrected=True):
+    """Muon's direction at each step, of the last two axes."""
+    m = 0
+    for t, g in enumerate(grads, start=1):
+        if corrected:  # as `optax.contrib.muon`: the momentum of the step to come
+            m = momentum * m + (1 - momentum) * g
+            ahead = momentum * m / (1 - momentum ** (t + 1))
+            ahead = ahead + (1 - momentum) * g / (1 - momentum**t)
+        else:
+            m = momentum * m + g
+            ahead = momentum * m + g
+        flat = ahead.reshape(-1, *ahead.shape[-2:])
+        yield np.stack([orthogonal(each) for each in flat]).reshape(ahead.shape)
+
+
+def length(x, axes):
+    """The length of each group, over all axes but those, which broadcasts against x."""
+    summed = tuple(i for i in range(x.ndim) if i not in [axis % x.ndim for axis in axes])
+    return np.sqrt((x**2).sum(summed, keepdims=True))
+
+
+def inner(x, y, axes):
+    summed = tuple(i for i in range(x.ndim) if i not in [axis % x.ndim for axis in axes])
+    return (x * y).sum(summed, keepdims=True)
+
+
+def along_sphere(v, x, axes):
+    """The part of v that is tangent at x, group by group."""
+    return v - inner(v, x, axes) / inner(x, x, axes) * x

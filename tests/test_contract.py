@@ -67,6 +67,26 @@ def rotational(decay, learning_rate, average_angle, groups):
     return so.rotational(optax.trace(decay), learning_rate, average_angle, groups=groups)
 
 
+def hyperball_at_radii(learning_rate, groups):
+    radius = {"conv": 2.0, "": "sqrt(d)"}
+    return so.hyperball(optax.trace(0.8), learning_rate, groups=groups, radius=radius)
+
+
+def retract_by_function(step, groups):
+    """The present radius by the geometry's function, along part of the step."""
+
+    def end(x, v, group):
+        part, radius = jax.tree.map(lambda v: step * v, v), so.geometry.norm(x, group)
+        return so.geometry.retract(x, part, group, radius, "geodesic")
+
+    return so.retract(groups, method=end)
+
+
+def split_radial(decay, learning_rate, groups):
+    tangent = optax.chain(optax.trace(decay), optax.scale(-0.1))
+    return so.split_radial(tangent, optax.adam(learning_rate), groups)
+
+
 def muonh(learning_rate, momentum, groups):
     """Of the only matrix: filters, joint leaves and blocks are none."""
     del groups
@@ -98,6 +118,11 @@ TABLE = {
     "retract": Entry(so.retract, {"radius": 2.0}),
     "retract(initial)": Entry(so.retract, {}),
     "retract(geodesic)": Entry(functools.partial(so.retract, method="geodesic"), {}),
+    "retract(sqrt(d))": Entry(functools.partial(so.retract, radius="sqrt(d)"), {}),
+    "retract(rules)": Entry(functools.partial(so.retract, radius={"conv": 2.0, "": "sqrt(d)"}), {}),
+    "retract(keep)": Entry(so.retract, {"keep": 0.5}),
+    "retract(function)": Entry(retract_by_function, {"step": 0.5}),
+    "split_radial": Entry(split_radial, {"decay": 0.8, "learning_rate": 0.01}),
     "record_sphere": Entry(so.record_sphere, {}),
     "record_gradient": Entry(so.record_gradient, {}),
     "adams": Entry(so.adams, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
@@ -128,6 +153,7 @@ TABLE = {
         hyperball,
         {"decay": 0.8, "learning_rate": 0.1},
     ),
+    "hyperball(radii)": Entry(hyperball_at_radii, {"learning_rate": 0.1}),
     "adamh": Entry(so.adamh, {"learning_rate": 0.1, "b1": 0.8}),
     "muonh": Entry(muonh, {"learning_rate": 0.1, "momentum": 0.8}),
     "rotational": Entry(

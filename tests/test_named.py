@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from layouts import tree_of
+from reference import adam, length, muon
 from trajectory import run
 
 import spherical_optax as so
@@ -29,46 +30,12 @@ GROUPS = so.groups_by_path(
 RATE, OTHER, B1, B2, EPS, MOMENTUM = 0.1, 0.03, 0.8, 0.9, 1e-3, 0.7
 
 
-def adam(grads):
-    """Its direction at each step."""
-    m, v = 0, 0
-    for t, g in enumerate(grads, start=1):
-        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g**2
-        yield m / (1 - B1**t) / (np.sqrt(v / (1 - B2**t)) + EPS)
-
-
-def orthogonal(matrix):
-    """Five Newton-Schulz iterations, of the wide matrix."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (np.linalg.norm(x) + 1e-8)
-    for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def muon(grads, corrected):
-    m = 0
-    for t, g in enumerate(grads, start=1):
-        if corrected:  # as `optax.contrib.muon`: the momentum of the step to come
-            m = MOMENTUM * m + (1 - MOMENTUM) * g
-            ahead = MOMENTUM * m / (1 - MOMENTUM ** (t + 1))
-            ahead = ahead + (1 - MOMENTUM) * g / (1 - MOMENTUM**t)
-        else:
-            m = MOMENTUM * m + g
-            ahead = MOMENTUM * m + g
-        flat = ahead.reshape(-1, *ahead.shape[-2:])
-        yield np.stack([orthogonal(each) for each in flat]).reshape(ahead.shape)
-
-
 def on_sphere(x, directions, axes):
     """Steps of a relative length, and back to the sphere; norms over all axes but those."""
-    summed = tuple(i for i in range(x.ndim) if i not in axes)
-    norm = lambda y: np.sqrt((y**2).sum(summed, keepdims=True))  # noqa: E731
-    radius = norm(x)
+    radius = length(x, axes)
     for w in directions:
-        y = x - RATE * radius * w / norm(w)
-        x = radius * y / norm(y)
+        y = x - RATE * radius * w / length(w, axes)
+        x = radius * y / length(y, axes)
     return x
 
 
@@ -79,9 +46,12 @@ def expected(name, params, grads):
         key = jax.tree_util.keystr(path, simple=True, separator="/")
         steps = [np.asarray(step) for _, step in steps]
         if key not in axes:
-            found[key] = np.asarray(x) - OTHER * sum(adam(steps))
+            found[key] = np.asarray(x) - OTHER * sum(adam(steps, B1, B2, EPS))
         else:
-            directions = adam(steps) if name == "adamh" else muon(steps, name == "muonh")
+            of_adam = name == "adamh"
+            directions = (
+                adam(steps, B1, B2, EPS) if of_adam else muon(steps, MOMENTUM, name == "muonh")
+            )
             found[key] = on_sphere(np.asarray(x), directions, axes[key])
     return found
 

@@ -423,7 +423,11 @@ def test_the_radius_of_an_abstract_group_is_abstract():
         ({"radius": 0.0}, ValueError, r"radius in \(0, inf\), found 0\.0"),
         ({"radius": -1.0}, ValueError, r"radius in \(0, inf\), found -1\.0"),
         ({"radius": float("nan")}, ValueError, r"radius in \(0, inf\), found nan"),
-        ({"radius": "first"}, ValueError, "a number or \"initial\", found 'first'"),
+        (
+            {"radius": "first"},
+            ValueError,
+            'a number or "initial" or "sqrt\\(d\\)", found \'first\'',
+        ),
         ({"method": "cayley"}, ValueError, r"\['normalize', 'geodesic'\], found 'cayley'"),
     ],
 )

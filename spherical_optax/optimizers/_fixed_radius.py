@@ -1,7 +1,7 @@
 """Optimizers that keep each group's radius and set the angle of a step: Hyperball, rotational."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from spherical_optax.optimizers._parts import (
 )
 from spherical_optax.transforms import center_updates, normalize_updates, project_radial, retract
 from spherical_optax.transforms._lift import chain
+from spherical_optax.transforms._radius import Radius
 
 
 def hyperball(
@@ -27,15 +28,16 @@ def hyperball(
     *,
     groups: Groups,
     other_learning_rate: optax.ScalarOrSchedule | None = None,
+    radius: Radius | Literal["initial"] = "initial",
 ) -> optax.GradientTransformationExtraArgs:
     """Hyperball: steps of a given relative length along any direction, at a fixed radius.
 
     ```
-    x' = r normalize(x - learning_rate r w / |w|)
+    x' = r normalize(x - learning_rate |x| w / |w|)
     ```
 
-    with w the direction of `inner` and r the radius at `init`. AdamH is
-    `hyperball(optax.scale_by_adam(), ...)`; MuonH is the second example.
+    with w the direction of `inner` and r the radius at `init`. `adamh` and `muonh` are this with
+    the directions of Adam and of Muon.
 
     Groups need a radius: initialise output projections with something else than zeros. Where
     `init` is traced, as by `jax.jit`, their values cannot be looked at, and a group of norm zero
@@ -48,32 +50,25 @@ def hyperball(
       groups: See the module `spherical_optax.groups`.
       other_learning_rate: That of leaves without a group, which take inner's update as it
         is; `learning_rate` if `None`.
+      radius: The radius to keep, if not that at `init`, in the forms of `place_on_sphere`, which
+        puts weights there at once; `retract` takes a few steps where they are far outside.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If inner is no transformation or a learning rate is negative; at
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at
         `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
         entry or is known to have norm zero, or inner's updates point against the gradients.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=so.per_layer())
       >>> params = jnp.array([3., 4.])
       >>> updates, _ = tx.update(jnp.array([1., 2.]), tx.init(params), params)
       >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
       Array(5., dtype=float32)
-      >>> axes = lambda tree: jax.tree.map(
-      ...     lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
-      >>> muon = optax.contrib.scale_by_muon(weight_dimension_numbers=axes)
-      >>> labels = lambda tree: jax.tree.map(
-      ...     lambda leaf: "muon" if leaf.ndim == 2 else "adam", tree)
-      >>> direction = optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels)
-      >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
-      >>> tx = so.hyperball(direction, 0.1, groups={"kernel": so.per_layer(), "bias": None})
-      >>> updates, _ = tx.update(params, tx.init(params), params)
 
     References:
       Wen et al., Hyperball, 2026.
@@ -85,7 +80,7 @@ def hyperball(
         inner,
         normalize_updates(groups),
         learning_rates("hyperball", learning_rate, other_learning_rate, groups),
-        retract(groups),
+        retract(groups, radius),
     )
 
 

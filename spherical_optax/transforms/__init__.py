@@ -16,7 +16,9 @@ from spherical_optax.transforms._normalize import (
     normalize_updates,
 )
 from spherical_optax.transforms._project import project_radial
+from spherical_optax.transforms._radius import place_on_sphere
 from spherical_optax.transforms._retract import RetractState, retract
+from spherical_optax.transforms._split import SplitRadialState, split_radial
 from spherical_optax.transforms._transport import TransportMomentsState, transport_moments
 from spherical_optax.transforms._unit_sphere import (
     ScaleByAdamSRTState,
@@ -32,17 +34,20 @@ __all__ = [
     "ScaleByAdamGStarState",
     "ScaleByAdamSRTState",
     "ScaleByAdamsState",
+    "SplitRadialState",
     "TransportMomentsState",
     "TransportedTraceState",
     "center_params",
     "center_updates",
     "normalize_updates",
+    "place_on_sphere",
     "project_if_tangent",
     "project_radial",
     "retract",
     "scale_by_adamg_star",
     "scale_by_adams",
     "scale_by_adamsrt",
+    "split_radial",
     "transport_moments",
     "transported_trace",
 ]

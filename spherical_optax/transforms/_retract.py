@@ -1,23 +1,26 @@
 """Retraction: steps that end on a sphere."""
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from spherical_optax import geometry
+from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups
 from spherical_optax.transforms._lift import lift
-from spherical_optax.transforms._pair import per_group, resolve
+from spherical_optax.transforms._pair import pair, per_group, resolve
+from spherical_optax.transforms._radius import Radius, check_radius, radii_of
 from spherical_optax.transforms._span import Step, Vector, only
 from spherical_optax.transforms._units import (
-    Unit,
     check_values,
     evaluated,
     per_leaf,
     pick,
+    present,
     state_like,
     zero,
     zeros_per_group,
@@ -26,13 +29,17 @@ from spherical_optax.transforms._units import (
 # How short a step may make a group, relative to its length, and keep its direction.
 SHORTEST, SHORTEST_NARROW = 1 / 128, 1 / 2
 
+OwnRetraction: TypeAlias = Callable[[Any, Any, Any], Any]
+"""From the point, the step and the `RadialGroup` to where the step ends: arrays of float32 at
+least, or for a joint group dictionaries from the leaves' paths to these."""
+
 
 class RetractState(NamedTuple):
-    """State of `retract(groups, radius="initial")`.
+    """State of `retract`, unless its radius is a number or its retraction your own.
 
     Attributes:
-      target_radius: |x| of each group at `init`, or a `jax.ShapeDtypeStruct` where the parameter
-        was one: a number would be a wrong radius.
+      target_radius: The radius of each group's sphere: |x| at `init`, or as the rules have it; a
+        `jax.ShapeDtypeStruct` where the parameter was one: a number would be a wrong radius.
     """
 
     target_radius: optax.Params
@@ -40,33 +47,44 @@ class RetractState(NamedTuple):
 
 def retract(
     groups: Groups,
-    radius: jax.typing.ArrayLike | Literal["initial"] = "initial",
-    method: geometry.Retraction = "normalize",
+    radius: Radius | Literal["initial"] = "initial",
+    method: geometry.Retraction | OwnRetraction = "normalize",
+    *,
+    keep: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes each group's step end on a sphere; put it last in a chain.
 
     ```
     normalize:  x' = radius (x + v) / |x + v|
     geodesic:   x' = radius (cos(a) u + sin(a) t / |t|),  t tangent part of v, a = |t| / |x|
+    keep:       radius' = radius + keep (|x + v| - radius)
     ```
+
+    To a radius far below |x| it takes several steps, each to |x| / 128, or |x| / 2 where updates
+    have fewer digits than float32: a step x' - x has lost the direction of an x' that is much
+    shorter. `place_on_sphere` puts weights there at once.
 
     Args:
       groups: See the module `spherical_optax.groups`.
-      radius: The sphere's radius, or `"initial"` for that of each group at `init`, which
-        is kept in the state so that repeated rounding does not drift. A group of norm
-        zero at `init` has no sphere, and steps freely. To a given radius far below |x| it
-        takes several steps, each to |x| / 128, or |x| / 2 where updates have fewer digits
-        than float32: a step x' - x has lost the direction of an x' that is much shorter.
-      method: `"normalize"`, or `"geodesic"` to follow the great circle.
+      radius: The sphere's radius, in the forms of `place_on_sphere`, or `"initial"` for that of
+        each group at `init`, which is kept in the state so that repeated rounding does not
+        drift. A group of norm zero at `init` has no sphere then, and steps freely.
+      method: `"normalize"`; `"geodesic"` to follow the great circle; or a function
+        `f(x, v, group)` that returns where the step v from x ends, an array like x: it has a
+        surface of its own and radius stays as it is. It is given float32 at least, and for a
+        joint group dictionaries from path to array, and to `RadialGroup`.
+      keep: The fraction of a step's change of radius that stays, in [0, 1], for the initial
+        radius: a brake between 0 or `None`, which fix it, and 1, which lets steps be.
 
     Returns:
-      A transformation with state `RetractState`, or none for a numeric radius; `update`
-      needs params.
+      A transformation with state `RetractState`, or none for a number, `"sqrt(d)"` and a function;
+      `update` needs params.
 
     Raises:
-      TypeError, ValueError: If the radius is not positive or the method unknown; at
-        `init`, if `groups` does not fit the parameters, or an initial radius is known to be
-        NaN or infinite.
+      TypeError, ValueError: If the radius is not positive, the method unknown, keep out of range
+        or not for that radius; at `init`, if `groups` or the rules do not fit the parameters, or
+        an initial radius is known to be NaN or infinite; in `update`, if a function's result is
+        not like x.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,48 +95,111 @@ def retract(
       >>> updates, _ = tx.update(jnp.array([5., 1.]), tx.init(params), params)
       >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
       Array(5., dtype=float32)
+      >>> brake = so.retract(so.per_layer(), keep=0.5)
+      >>> updates, _ = brake.update(params, brake.init(params), params)
+      >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
+      Array(7.5, dtype=float32)
     """
+    if callable(method):
+        return _by_function(groups, radius, method, keep)
     geometry.check_retraction(method)
-    initial = isinstance(radius, str)
-    if initial and radius != "initial":
-        raise ValueError(f'retract: expected radius as a number or "initial", found {radius!r}.')
-    if not initial:
-        check_number("retract", "radius", radius, above=0)
+    check_radius("retract", radius, ("initial", "sqrt(d)"))
+    initial = isinstance(radius, str) and radius == "initial"
+    if keep is not None:
+        check_number("retract", "keep", keep, most=1)
+    if not initial and keep is not None:
+        raise ValueError(f'retract: expected radius="initial" with keep, found {radius!r}.')
+    in_state = initial or isinstance(radius, Mapping)
 
     def init(params: optax.Params) -> RetractState | optax.EmptyState:
         units, x = resolve("retract", groups, params)
-        if not initial:
+        if not in_state:
             return optax.EmptyState()
-        check_values(
-            "retract",
-            params,
-            units,
-            lambda x, unit: ~jnp.isfinite(geometry.norm(x, unit)),
-            "groups of finite norm",
-            "of norm NaN or infinite; look at how they were initialised",
-        )
+        if initial:
+            check_values(
+                "retract",
+                params,
+                units,
+                lambda x, unit: ~jnp.isfinite(geometry.norm(x, unit)),
+                "groups of finite norm",
+                "of norm NaN or infinite; look at how they were initialised",
+            )
+        given = [None] * len(units) if initial else radii_of("retract", radius, units, params)
         zeros = zeros_per_group(units, x)
         targets: dict[int, jax.Array] = {}
-        for unit in units:
+        for unit, number in zip(units, given, strict=True):
 
-            def radii(x: Any, unit: Unit = unit) -> dict[int, jax.Array]:
-                return per_leaf(geometry.norm(x, unit), unit, zeros)
+            def radii(x: Any, unit: Any = unit, number: Any = number) -> dict[int, jax.Array]:
+                lengths = geometry.norm(x, unit)
+                return per_leaf(lengths if initial else jnp.full_like(lengths, number), unit, zeros)
 
             targets |= evaluated(radii, pick(unit, x))
         return RetractState(target_radius=state_like(params, targets, zero))
 
-    def to_initial(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        target = state.target_radius
-        return _ending(v, x, target, method).where(target > 0, v), state
-
-    def to_number(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+    def end(v: Vector, x: Vector, target: Any) -> tuple[Vector, Any]:
+        """The step, and the radius at which it ends."""
         shortest = SHORTEST if jnp.finfo(v.space.dtype).bits >= 32 else SHORTEST_NARROW
-        target = jnp.maximum(jnp.asarray(radius), shortest * x.norm())
-        return _ending(v, x, target, method), state
+        if keep is not None:
+            target = target + keep * ((x + v).norm() - target)
+        radius = jnp.maximum(target, shortest * x.norm())
+        return _ending(v, x, radius, method), radius
 
-    if initial:
-        return lift(Step("retract", groups, init, RetractState(per_group), only(to_initial)))
-    return lift(Step("retract", groups, init, optax.EmptyState(), only(to_number)))
+    def by_state(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        target = state.target_radius
+        step, radius = end(v, x, target)
+        new = state if keep is None else RetractState(jnp.where(target > 0, radius, target))
+        return step.where(target > 0, v), new
+
+    def by_number(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        number = np.sqrt(v.space.size) if isinstance(radius, str) else radius
+        return end(v, x, jnp.asarray(number))[0], state
+
+    if in_state:
+        return lift(Step("retract", groups, init, RetractState(per_group), only(by_state)))
+    return lift(Step("retract", groups, init, optax.EmptyState(), only(by_number)))
+
+
+def _by_function(
+    groups: Groups, radius: Any, method: OwnRetraction, keep: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The retraction that a function of arrays and group is."""
+    for name, value, default in (("radius", radius, "initial"), ("keep", keep, None)):
+        if not isinstance(value, type(default)) or value != default:
+            raise ValueError(
+                f"retract: expected no {name} with a function as method, which decides where steps "
+                f"end, found {value!r}."
+            )
+
+    def init(params: optax.Params) -> optax.EmptyState:
+        resolve("retract", groups, params)
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        units, x, (v,), unflatten = pair("retract", groups, params, updates)
+        paths = [leaf.path for leaf in _trees.visible_leaves(params)]
+        for unit in present(units, v, params):
+            there = {paths[i]: geometry.wide(x[i]) for i in unit}
+            step = {paths[i]: v[i].astype(there[paths[i]].dtype) for i in unit}
+            given = (there, step, {paths[i]: group for i, group in unit.items()})
+            alone = len(unit) == 1
+            end = method(*(each[paths[next(iter(unit))]] if alone else each for each in given))
+            end = {paths[i]: end for i in unit} if alone else end
+            for i in unit:
+                if np.shape(end[paths[i]]) != x[i].shape:
+                    raise ValueError(
+                        f"retract: {paths[i]} of shape {x[i].shape}: expected the function to "
+                        f"return an array of this shape, found {np.shape(end[paths[i]])}."
+                    )
+                v[i] = (end[paths[i]] - there[paths[i]]).astype(v[i].dtype)
+        return unflatten(v)[0], state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _ending(v: Vector, x: Vector, radius: Any, method: geometry.Retraction) -> Vector:

@@ -1,0 +1,145 @@
+"""The radii of spheres: a number, one by rule, or that of entries with a mean square of 1."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number
+from spherical_optax.groups import Groups, group_size
+from spherical_optax.transforms._pair import resolve
+from spherical_optax.transforms._units import Unit, check_values, pick
+
+ByRule: TypeAlias = Mapping[str, jax.typing.ArrayLike | Literal["sqrt(d)"]]
+Radius: TypeAlias = jax.typing.ArrayLike | Literal["sqrt(d)"] | ByRule
+"""A number; `"sqrt(d)"`, d the entries per group; or a dictionary from regular expressions to
+these, of which the first found in a leaf's path decides."""
+
+
+def check_radius(who: str, radius: Any, words: tuple[str, ...] = ("sqrt(d)",)) -> None:
+    """Raises unless this is a radius, or one of the words that stand for one."""
+    if isinstance(radius, Mapping):
+        if not radius:
+            raise ValueError(f"{who}: expected at least one rule for radius, found none.")
+        for pattern, each in radius.items():
+            if isinstance(each, Mapping):
+                raise TypeError(f"{who}: expected a radius for rule {pattern!r}, found {each!r}.")
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"{who}: expected regular expressions as keys of radius, found {pattern!r}: "
+                    f"{error}."
+                ) from None
+            check_radius(who, each)
+    elif isinstance(radius, str):
+        if radius not in words:
+            known = " or ".join(f'"{word}"' for word in words)
+            raise ValueError(f"{who}: expected radius as a number or {known}, found {radius!r}.")
+    else:
+        check_number(who, "radius", radius, above=0)
+
+
+def radii_of(who: str, radius: Any, units: list[Unit], params: Any) -> list[Any]:
+    """The radius of each unit's groups, one number for all of them.
+
+    Raises:
+      ValueError: If a rule is missing for a unit, or matches none, or joint leaves disagree.
+    """
+    leaves = _trees.visible_leaves(params)
+    said = {i: radius for unit in units for i in unit}
+    if isinstance(radius, Mapping) and leaves:
+        said = _by_rule(who, radius, {i: leaves[i].path for i in said})
+    found = []
+    for unit in units:
+        first, *others = unit
+        for i in others:
+            if said[i] != said[first]:
+                raise ValueError(
+                    f"{who}: expected one radius for the joint label {unit[i].joint!r}, found "
+                    f"{said[first]!r} for {leaves[first].path} and {said[i]!r} for "
+                    f"{leaves[i].path}."
+                )
+        size = group_size(unit, {i: leaves[i].value for i in unit})
+        found.append(math.sqrt(size) if isinstance(said[first], str) else said[first])
+    return found
+
+
+def _by_rule(who: str, rules: ByRule, paths: dict[int, str]) -> dict[int, Any]:
+    said: dict[int, Any] = {}
+    used = set()
+    for i, path in paths.items():
+        matching = [pattern for pattern in rules if re.search(pattern, path)]
+        if not matching:
+            raise ValueError(
+                f"{who}: expected a rule for the radius of {path}, found none among "
+                f'{list(rules)}; add ".*" as the last one, for all others.'
+            )
+        said[i] = rules[matching[0]]
+        used.add(matching[0])
+    unused = [pattern for pattern in rules if pattern not in used]
+    if unused:
+        raise ValueError(
+            f"{who}: expected each rule for radius to decide for a leaf with a group, found "
+            f"{unused}, which decide for none of {list(paths.values())}."
+        )
+    return said
+
+
+def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
+    """The parameters with each group scaled to a radius, for optimizers that keep it.
+
+    ```
+    x' = radius x / |x|
+    ```
+
+    Args:
+      params: The parameters: nested dictionaries, an NNX state, any pytree.
+      groups: See the module `spherical_optax.groups`.
+      radius: A number for all groups; or `"sqrt(d)"`, d the entries per group, at which these
+        have a mean square of 1; or a dictionary from regular expressions on paths to such
+        radii, of which the first found (`re.search`) decides, with one for every group.
+
+    Returns:
+      A tree like params, of their dtypes. Leaves without a group are as they were.
+
+    Raises:
+      TypeError, ValueError: If `groups` or radius does not fit the parameters, a radius is not
+        positive, or a group is known to have a norm that is 0, NaN or infinite.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> params = {"up": jnp.array([[3., 1.], [4., 1.]]), "scale": jnp.ones(2)}
+      >>> groups = so.groups_by_path({"up": so.per_filter()})
+      >>> so.place_on_sphere(params, groups, 10.0)["up"]
+      Array([[6.      , 7.071068],
+             [8.      , 7.071068]], dtype=float32)
+      >>> placed = so.place_on_sphere(params, groups, {"up": "sqrt(d)"})
+      >>> so.geometry.norm(placed["up"], so.per_filter())
+      Array([1.4142135, 1.4142135], dtype=float32)
+
+    References:
+      Karras et al., Analyzing and improving the training dynamics of diffusion models, CVPR
+      2024, section 2.3 (weights of norm sqrt(d)).
+    """
+    check_radius("place_on_sphere", radius)
+    units, leaves = resolve("place_on_sphere", groups, params)
+    check_values(
+        "place_on_sphere",
+        params,
+        units,
+        lambda x, unit: ~jnp.isfinite(1 / geometry.norm(x, unit)) | (geometry.norm(x, unit) == 0),
+        "groups of finite norm above 0",
+        "of norm 0, NaN or infinite; initialise them otherwise, or give the leaf no group",
+    )
+    for unit, target in zip(units, radii_of("place_on_sphere", radius, units, params), strict=True):
+        x = pick(unit, leaves)
+        factor = geometry.safe_divide(target, geometry.norm(x, unit))
+        for i, leaf in geometry.scale(jnp.where(factor == 0, 1, factor), x, unit).items():
+            leaves[i] = leaf
+    return _trees.flatten(params)[1].unflatten(leaves)

@@ -1,0 +1,118 @@
+"""Polar coordinates: the direction and the length of groups, optimized apart."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import geometry
+from spherical_optax._checks import check_transformation
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._lift import chain
+from spherical_optax.transforms._pair import check_type, pair, per_group
+from spherical_optax.transforms._project import project_radial
+from spherical_optax.transforms._retract import SHORTEST, RetractState, retract
+from spherical_optax.transforms._units import per_leaf, pick, present
+
+
+class SplitRadialState(NamedTuple):
+    """State of `split_radial`.
+
+    Attributes:
+      lengths: The length of each group, a tree like the parameters with 0 for leaves without a
+        group.
+      tangent_state: The state of the transformation of directions.
+      radial_state: That of lengths.
+    """
+
+    lengths: optax.Params
+    tangent_state: optax.OptState
+    radial_state: optax.OptState
+
+
+def split_radial(
+    tangent: optax.GradientTransformation,
+    radial: optax.GradientTransformation,
+    groups: Groups,
+) -> optax.GradientTransformationExtraArgs:
+    """Optimizes the direction and the length of each group apart; put it last in a chain.
+
+    ```
+    r' = r + radial(<g, u>)        x' = r' normalize(x + t)
+    ```
+
+    with r the length, u = x / |x| and t the tangent part of tangent(g - <g, u> u): weight
+    normalization, without parameters of its own. For groups whose length matters, as where no
+    normalization follows, or whose length a decay or a target is to set.
+
+    Args:
+      tangent: An optimizer, such as `optax.adam(1e-2)`; leaves without a group follow it.
+      radial: An optimizer of lengths, such as `optax.sgd(1e-3)`. It is given <g, u>, dL/dr, as
+        updates and the lengths as params: trees like the parameters with one value per group,
+        on every leaf of a joint group, and 0 for leaves without one.
+      groups: See the module `spherical_optax.groups`.
+
+    Returns:
+      A transformation with state `SplitRadialState`; `update` needs params. Lengths are kept in
+      the state, in float32 at least. One step makes a group at most 128 times shorter; a group
+      of norm zero at `init` has no direction, and follows tangent.
+
+    Raises:
+      TypeError, ValueError: If tangent or radial is no transformation; at `init`, if `groups`
+        does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.split_radial(optax.sgd(0.5), optax.sgd(0.1), so.per_layer())
+      >>> params, grads = jnp.array([2., 0.]), jnp.array([10., -4.])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> params + updates  # of length 2 - 0.1 * 10, turned by 45 degrees
+      Array([0.7071068 , 0.70710677], dtype=float32)
+
+    References:
+      Salimans and Kingma, Weight normalization, NeurIPS 2016, section 2.
+    """
+    check_transformation("split_radial", tangent, "tangent")
+    check_transformation("split_radial", radial, "radial")
+    parts = [optax.with_extra_args_support(tx) for tx in (tangent, radial)]
+    lengths_at_init, project = retract(groups), project_radial(groups)
+    end = chain(project, lengths_at_init)
+
+    def init(params: optax.Params) -> SplitRadialState:
+        lengths = lengths_at_init.init(params).target_radius
+        return SplitRadialState(lengths, parts[0].init(params), parts[1].init(lengths))
+
+    def update(
+        updates: optax.Updates,
+        state: SplitRadialState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SplitRadialState]:
+        check_type("split_radial", state, SplitRadialState)
+        units, x, (g, lengths), unflatten = pair(
+            "split_radial", groups, params, updates, (state.lengths, per_group)
+        )
+        slopes = [None if length is None else jnp.zeros_like(length) for length in lengths]
+        there = present(units, g, params)
+        for unit in there:
+            along = geometry.inner(pick(unit, g), pick(unit, x), unit)
+            slope = geometry.safe_divide(along, geometry.norm(pick(unit, x), unit))
+            for i, each in per_leaf(slope, unit, lengths).items():
+                slopes[i] = each
+        changes, radial_state = parts[1].update(
+            unflatten(g, slopes)[1], state.radial_state, state.lengths, **extra_args
+        )
+        change = pair("split_radial", groups, params, updates, (changes, per_group)).leaves[1]
+        for i in (i for unit in there for i in unit):
+            longer = jnp.maximum(lengths[i] + change[i], SHORTEST * lengths[i])
+            lengths[i] = jnp.where(lengths[i] > 0, longer, 0).astype(lengths[i].dtype)
+        new_lengths = unflatten(g, lengths)[1]
+
+        tangents, _ = project.update(updates, optax.EmptyState(), params)
+        steps, tangent_state = parts[0].update(tangents, state.tangent_state, params, **extra_args)
+        spheres = (optax.EmptyState(), RetractState(new_lengths))
+        steps, _ = end.update(steps, spheres, params)
+        return steps, SplitRadialState(new_lengths, tangent_state, radial_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
