@@ -102,6 +102,7 @@ OPTIMIZERS = {
     "sgdp": lambda: so.sgdp(0.1, groups=GROUPS),
     "hyperball": lambda: so.hyperball(optax.scale_by_adam(), 0.1, groups=GROUPS),
     "rotational": lambda: so.rotational_adamw(0.1, groups=GROUPS),
+    "split": lambda: so.split_radial(optax.sgd(0.1, 0.9), optax.adam(0.1), GROUPS),
     "recorded": lambda: optax.chain(
         so.record_gradient(GROUPS), so.project_radial(GROUPS), so.record_sphere(GROUPS)
     ),
