@@ -29,9 +29,12 @@ gc.set_threshold(100_000, 20, 100)
 
 # Each worker writes to its own folder: JAX's cache files are not written atomically.
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
-jax.config.update(
-    "jax_compilation_cache_dir", str(CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main"))
-)
+CACHED = {  # for programs that the tests start, too
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+jax.config.update("jax_compilation_cache_dir", CACHED["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -8,13 +8,13 @@ import sys
 
 import jax
 import pytest
-from conftest import QUICK
+from conftest import CACHED, QUICK
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 def run(program, *options, out, flags=QUICK):
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = os.environ | CACHED | {"XLA_FLAGS": flags}
     command = [sys.executable, str(BENCHMARKS / program), *options, "--out", str(out)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

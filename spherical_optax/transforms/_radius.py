@@ -121,7 +121,7 @@ def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
              [8.      , 7.071068]], dtype=float32)
       >>> placed = so.place_on_sphere(params, groups, {"up": "sqrt(d)"})
       >>> so.geometry.norm(placed["up"], so.per_filter())
-      Array([1.4142135, 1.4142135], dtype=float32)
+      Array([1.41421, 1.41421], dtype=float32)
 
     References:
       Karras et al., Analyzing and improving the training dynamics of diffusion models, CVPR
