@@ -163,6 +163,7 @@ WRITTEN = {  # what each program writes to --out
     "examples/digits.py": ["results.json", "curves.png"],
     "examples/distributed.py": ["1.npz", "2.npz"],
     "examples/effective_learning_rate.py": ["results.json", "curves.png"],
+    "examples/language.py": ["results.json", "curves.png"],
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
     **{
         f"benchmarks/{name}.py": [f"{name}.json"]

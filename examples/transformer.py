@@ -1,0 +1,159 @@
+"""A small decoder-only transformer, and which of its weights form groups for which optimizer.
+
+Blocks are those of today's models: RMSNorm in front of each branch, rotary positions, RMSNorm on
+queries and keys, a gated MLP, no biases. `normalized=True` makes it nGPT's, whose hidden states
+have length 1. Kernels are matrices `(in, out)`; heads are blocks of output channels.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import spherical_optax as so
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a transformer."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    context: int
+    vocabulary: int
+    normalized: bool = False
+    dtype: str = "float32"  # of the arithmetic; parameters are in float32
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Vectors of length 1."""
+    return x / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True).astype(x.dtype)
+
+
+def rotated(x: jax.Array) -> jax.Array:
+    """Rotary positions, of (batch, time, heads, head size)."""
+    time, half = x.shape[1], x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half) / half)
+    angles = (jnp.arange(time)[:, None] * frequencies)[:, None]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+class Attention(nnx.Module):
+    def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.q, self.k, self.v = (linear(size.width, size.width) for _ in range(3))
+        self.o = linear(size.width, size.width)
+        norm = functools.partial(nnx.RMSNorm, size.width // size.heads, dtype=size.dtype, rngs=rngs)
+        self.q_norm, self.k_norm = norm(), norm()
+        self.heads = size.heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = (
+            kernel(x).reshape(*x.shape[:2], self.heads, -1) for kernel in (self.q, self.k, self.v)
+        )
+        q, k = rotated(self.q_norm(q)), rotated(self.k_norm(k))
+        return self.o(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
+        self.gate, self.up = linear(size.width, size.hidden), linear(size.width, size.hidden)
+        self.down = linear(size.hidden, size.width)
+        # Hidden states of length 1 have entries of about 1 / sqrt(width): scaled back, and learned.
+        scale = size.width**0.5 if size.normalized else None
+        self.scale = scale and nnx.Param(jnp.full(size.hidden, scale))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = self.gate(x)
+        if self.scale is not None:
+            gate = gate * self.scale[...].astype(gate.dtype)
+        return self.down(nnx.silu(gate) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
+        self.attention, self.mlp = Attention(size, rngs), MLP(size, rngs)
+        norm = functools.partial(nnx.RMSNorm, size.width, dtype=size.dtype, rngs=rngs)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class NormalizedBlock(nnx.Module):
+    """nGPT's: a step of learned size towards each branch's output, on the sphere."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
+        self.attention, self.mlp = Attention(size, rngs), MLP(size, rngs)
+        rates = jnp.full(size.width, 1 / size.layers)
+        self.attention_rate, self.mlp_rate = nnx.Param(rates), nnx.Param(rates)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for branch, rate in ((self.attention, self.attention_rate), (self.mlp, self.mlp_rate)):
+            x = unit(x + jnp.abs(rate[...]).astype(x.dtype) * (unit(branch(x)) - x))
+        return x
+
+
+class Transformer(nnx.Module):
+    """From tokens (batch, time) to logits (batch, time, vocabulary), float32."""
+
+    def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
+        block = NormalizedBlock if size.normalized else Block
+        self.embed = nnx.Embed(size.vocabulary, size.width, dtype=size.dtype, rngs=rngs)
+        self.blocks = nnx.List([block(size, rngs) for _ in range(size.layers)])
+        if not size.normalized:
+            self.norm = nnx.RMSNorm(size.width, dtype=size.dtype, rngs=rngs)
+        self.head = nnx.Linear(
+            size.width, size.vocabulary, use_bias=False, dtype=size.dtype, rngs=rngs
+        )
+        self.logit_scale = (
+            nnx.Param(jnp.full(size.vocabulary, size.width**0.5)) if size.normalized else None
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        x = x if self.logit_scale is not None else self.norm(x)
+        logits = self.head(x).astype(jnp.float32)
+        return logits if self.logit_scale is None else logits * self.logit_scale[...]
+
+
+# One sphere per matrix, as AdamH and MuonH have it; embedding, head and gains have no group.
+MATRICES = so.groups_by_path({r"(q|k|v|o|gate|up|down)/kernel": so.per_layer()})
+# One per output neuron, as the rotational optimizers have it.
+NEURONS = so.groups_by_path({r"(q|k|v|o|gate|up|down)/kernel": so.per_filter()})
+# Along the width, as nGPT has it.
+WIDTH = so.groups_by_path(
+    {
+        r"embedding|o/kernel|down/kernel": so.RadialGroup((0,)),
+        r"kernel": so.per_filter(),
+    }
+)
+
+
+def invariant(size: Size) -> so.Groups:
+    """What is radially invariant: each head of queries and keys, for the norm that follows."""
+    return so.groups_by_path({r"(q|k)/kernel": so.per_channel_block(size.heads)})
+
+
+def initialise(size: Size, seed: int) -> tuple[Any, Any]:
+    """The graph and the parameters, nested dictionaries of arrays."""
+    graph, params = nnx.split(Transformer(size, nnx.Rngs(seed)), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    return graph, so.place_on_sphere(params, WIDTH, 1.0) if size.normalized else params
+
+
+def count(size: Size) -> int:
+    """Number of parameters."""
+    shapes = jax.eval_shape(lambda: initialise(size, 0)[1])
+    return sum(x.size for x in jax.tree.leaves(shapes))
