@@ -1,4 +1,4 @@
-"""What `record_sphere` and `record_gradient` cost in a training step of the demo's network.
+"""What `record_sphere` and the other recorders cost in a training step of the demo's network.
 
 python benchmarks/recorders.py
 """
@@ -37,12 +37,14 @@ class Config:
 
 def make_chains() -> dict[str, optax.GradientTransformation]:
     tx = so.adamsrt(RATE, groups=digits.RULES)
+    rate = so.record_effective_learning_rate(tx, digits.RULES, b1=0.9)
     sphere, gradient = so.record_sphere(digits.RULES), so.record_gradient(digits.RULES)
     return {
         "no recorder": tx,
         "record_sphere": optax.chain(tx, sphere),
         "record_gradient": optax.chain(gradient, tx),
-        "both": optax.chain(gradient, tx, sphere),
+        "record_effective_learning_rate": rate,
+        "all": optax.chain(gradient, rate, sphere),
     }
 
 
@@ -85,7 +87,7 @@ def main(config: Config) -> None:
         }
         for row in results
     ]
-    print_table(f"the demo's network, {len(times['both'])} rounds", table)
+    print_table(f"the demo's network, {len(times['all'])} rounds", table)
     write(config.out, "recorders", {"rounds": config.rounds}, results)
 
 

@@ -4,13 +4,16 @@ from spherical_optax import geometry
 from spherical_optax.detection import check_radial_groups, find_radial_groups
 from spherical_optax.diagnostics import (
     EffectiveStep,
+    RecordEffectiveLearningRateState,
     RecordGradientState,
     RecordSphereState,
     SphereMetrics,
     effective_learning_rate,
+    record_effective_learning_rate,
     record_gradient,
     record_sphere,
     sphere_metrics,
+    sphere_report,
 )
 from spherical_optax.groups import (
     Finding,
@@ -78,6 +81,7 @@ __all__ = [
     "NormalizeUpdatesState",
     "ProjectIfTangentState",
     "RadialGroup",
+    "RecordEffectiveLearningRateState",
     "RecordGradientState",
     "RecordSphereState",
     "RetractState",
@@ -114,6 +118,7 @@ __all__ = [
     "place_on_sphere",
     "project_if_tangent",
     "project_radial",
+    "record_effective_learning_rate",
     "record_gradient",
     "record_sphere",
     "retract",
@@ -127,6 +132,7 @@ __all__ = [
     "sgdmrt",
     "sgdp",
     "sphere_metrics",
+    "sphere_report",
     "split_radial",
     "state_sharding",
     "transport_moments",

@@ -50,7 +50,9 @@ def test_scaling(tmp_path):
 @pytest.mark.slow
 def test_recorders(tmp_path):
     results, printed = run("recorders.py", "--rounds", "10", out=tmp_path)
-    assert [row["chain"] for row in results][1:] == ["record_sphere", "record_gradient", "both"]
+    kinds = ["sphere", "gradient", "effective_learning_rate"]
+    names = [f"record_{kind}" for kind in kinds]
+    assert [row["chain"] for row in results] == ["no recorder", *names, "all"]
     assert "the demo's network, 10 rounds" in printed
 
 

@@ -87,6 +87,11 @@ def split_radial(decay, learning_rate, groups):
     return so.split_radial(tangent, optax.adam(learning_rate), groups)
 
 
+def effective(learning_rate, b1, groups):
+    tx = optax.adam(learning_rate, b1, eps=1e-6)
+    return so.record_effective_learning_rate(tx, groups, b1=b1, b2=0.999, eps=1e-6)
+
+
 def muonh(learning_rate, momentum, groups):
     """Of the only matrix: filters, joint leaves and blocks are none."""
     del groups
@@ -125,6 +130,7 @@ TABLE = {
     "split_radial": Entry(split_radial, {"decay": 0.8, "learning_rate": 0.01}),
     "record_sphere": Entry(so.record_sphere, {}),
     "record_gradient": Entry(so.record_gradient, {}),
+    "record_effective_learning_rate": Entry(effective, {"learning_rate": 0.1, "b1": 0.8}),
     "adams": Entry(so.adams, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "adamsrt": Entry(so.adamsrt, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "adamsw": Entry(
@@ -398,7 +404,7 @@ def test_tree_map_params(name):
     tx, params = build(name), params_of()
     state = tx.init(params)
     names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
-    recorded = isinstance(state, (so.RecordSphereState, so.RecordGradientState))
+    recorded = name.startswith("record")
 
     def other(node):
         """A recorder's values are none of the parameters', and come as one node."""

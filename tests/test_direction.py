@@ -131,7 +131,7 @@ def test_one_block_of_many_is_looked_at():
     inner = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
     so.hyperball(inner, 0.1, groups={**dict.fromkeys(params), "other": True}).init(params)
     small, whole = seen
-    assert small["layer0"] == {"kernel": (2, 2, 2), "bias": (2,)}
+    assert small["layer0"] == {"kernel": (3, 3, 3), "bias": (3,)}
     assert small["layer1"] == small["layer8"] == {"kernel": (), "bias": ()}
     assert whole["layer8"] == {"kernel": (9, 300, 8), "bias": (8,)}
 

@@ -56,6 +56,7 @@ def blocks(name):
             ],
         ),
         ("docs/theory.md", [True, True, True, True]),
+        ("docs/watch.md", [True, True]),
         ("docs/scaling.md", [True, True, False, True, True]),
     ],
 )

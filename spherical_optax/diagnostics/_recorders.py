@@ -1,11 +1,5 @@
-"""What happens on the sphere during training: recorded in the state, or computed.
+"""Angles, radii and cosines: recorded in a chain, or measured between snapshots."""
 
-`record_sphere` measures each step and `record_gradient` the gradient, as members of a
-chain; `sphere_metrics` measures between two snapshots, without touching the optimizer;
-`effective_learning_rate` predicts how far a step turns a group.
-"""
-
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +9,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, RadialGroup, group_size, radial_units
+from spherical_optax.groups import Groups, RadialGroup, radial_units
 from spherical_optax.transforms._pair import check_type, pair, resolve
 from spherical_optax.transforms._units import Unit, per_leaf, pick, zeros_as
 
@@ -212,111 +206,6 @@ def sphere_metrics(
     return {leaves[i].path: found[i] for i in sorted(found)}
 
 
-class EffectiveStep(NamedTuple):
-    """What a step does on the sphere, as `effective_learning_rate` predicts it.
-
-    Attributes:
-      learning_rate: The effective learning rate, one value per group.
-      direction: c without its radial part, arrays like x: u moves along its negative.
-      angle: By how much, in radians, one value per group.
-    """
-
-    learning_rate: jax.Array
-    direction: Any
-    angle: jax.Array
-
-
-def effective_learning_rate(
-    x: Any, a: Any, b: Any, learning_rate: jax.typing.ArrayLike, group: Any
-) -> EffectiveStep:
-    """The step on the sphere that x' = x - learning_rate a / b amounts to.
-
-    ```
-    s = |b| / sqrt(d)        c = r s a / b        A = learning_rate / (r^2 s)
-    lr_eff = A / (1 - A <c, u>)
-    u' = cos(t) u - sin(t) c_t / |c_t|,    t = arctan(lr_eff |c_t|),    c_t = c - <c, u> u
-    ```
-
-    with d the entries per group. Exact, for any a and b. With g the gradient, L2 included
-    (g = grad L(x) + w x), the optimizers are:
-
-    ```
-    SGD            a = g                                    b = 1
-    momentum SGD   a = m                                    b = 1
-    Adam           a = mhat                                 b = sqrt(vhat) + eps, by entry
-    AdamS          a = mhat                                 b = (sqrt(vhat) + eps) / sqrt(d)
-    ```
-
-    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS;
-    their states hold the moments of r g, and only the tangent part of the first: m is
-    trace / r + (1 - dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2.
-    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w). For SGD
-    with L2 factor w
-
-    ```
-    lr_eff = learning_rate / (r^2 (1 - learning_rate w))
-    ```
-
-    Args:
-      x: The parameters, an array, or a pytree of arrays for joint groups.
-      a: The numerator of the step, like x.
-      b: The denominator, positive: a number, one value per group, or like x.
-      learning_rate: A number, or one value per group.
-      group: A `RadialGroup`, or a pytree of them.
-
-    Returns:
-      An `EffectiveStep`, float32 or, for float64 arrays, float64. Beyond 90 degrees (where
-      A <c, u> > 1) the effective learning rate is negative, and the angle still right.
-      Where |x| = 0 there is no direction, and all is 0.
-
-    Raises:
-      TypeError: If group is no `RadialGroup`.
-      ValueError: If the shapes do not fit.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import spherical_optax as so
-      >>> x, gradient = jnp.array([2., 0.]), jnp.array([0., 1.])
-      >>> step = so.effective_learning_rate(x, gradient, 1.0, 0.4, so.per_layer())
-      >>> print(step.learning_rate, step.direction, step.angle)
-      0.1 [0. 2.] 0.19739556
-
-    References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
-    """
-    r = geometry.norm(x, group)
-    if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one for all leaves
-        b = jax.tree.map(lambda _: b, x)
-    b = jax.tree.map(_per_entry, group, x, b)
-    size = group_size(dict(enumerate(jax.tree.leaves(group))), jax.tree.leaves(x))
-    s = geometry.norm(b, group) / math.sqrt(size)
-    quotient = jax.tree.map(lambda p, q: geometry.wide(p) / q, a, b)
-    c = geometry.scale(r * s, quotient, group)
-    A = geometry.safe_divide(jnp.asarray(learning_rate, r.dtype), r * r * s)
-    forward = 1 - A * geometry.safe_divide(geometry.inner(c, x, group), r)
-    direction = geometry.project(c, x, group)
-    return EffectiveStep(
-        learning_rate=A / forward,
-        direction=direction,
-        angle=jnp.arctan2(A * geometry.norm(direction, group), forward),
-    )
-
-
-def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
-    """The denominator of each entry of x."""
-    b = jnp.asarray(b, geometry.accumulator(x.dtype))
-    per_group = group.shape(x.shape)
-    if b.shape not in (x.shape, per_group, ()):
-        raise ValueError(
-            f"effective_learning_rate: expected b as a number, of shape {x.shape} as x or of "
-            f"shape {per_group} as there are groups, found shape {b.shape}."
-        )
-    if b.shape == per_group != x.shape:
-        b = geometry.spread(b, x, group)
-    return jnp.broadcast_to(b, x.shape)
-
-
 def _measure(step: Any, x: Any, unit: Unit) -> SphereMetrics:
     """The metrics of one unit that makes a step from x, one value per group."""
     r = geometry.norm(x, unit)
@@ -343,15 +232,9 @@ def _recorder(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that keeps what `measure` finds: per group, or rows of such values."""
 
-    def blank(x: jax.Array, group: RadialGroup) -> jax.Array:
-        shape = (*metrics, *group.shape(x.shape))
-        return zeros_as(lambda x: jnp.broadcast_to(geometry.norm(x, group), shape), x)
-
     def init(params: optax.Params) -> Any:
         units, x = resolve(who, groups, params)
-        return state_type(
-            _nested({i: blank(x[i], group) for unit in units for i, group in unit.items()}, params)
-        )
+        return state_type(blank_records(units, x, params, metrics))
 
     def update(
         updates: optax.Updates,
@@ -366,24 +249,50 @@ def _recorder(
         for unit in units:
             # A missing update is a step of zero.
             there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in unit}
-            found = measure(there, pick(unit, x), unit)
-            values |= per_leaf(found, unit, {i: blank(x[i], group) for i, group in unit.items()})
-        recorded = state_type(_nested(values, params))
-        old, new = (
-            {leaf.path: np.shape(leaf.value) for leaf in _trees.leaves_with_paths(tree)}
-            for tree in (state, recorded)
-        )
-        if old != new:
-            raise ValueError(
-                f"{who}: expected state of shapes {new}, found {old}: it was made for other "
-                "parameters or with other groups; call init again."
-            )
+            values |= as_records(measure(there, pick(unit, x), unit), unit, x, metrics)
+        recorded = state_type(nested(values, params))
+        check_records(who, state, recorded)
         return updates, recorded
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _nested(values: dict[int, jax.Array], tree: Any) -> Any:
+def blank_record(x: jax.Array, group: RadialGroup, metrics: tuple[int, ...] = ()) -> jax.Array:
+    """Zeros for what is recorded of a leaf: per group, or rows of such values."""
+    shape = (*metrics, *group.shape(x.shape))
+    return zeros_as(lambda x: jnp.broadcast_to(geometry.norm(x, group), shape), x)
+
+
+def blank_records(
+    units: list[Unit], x: list[Any], params: Any, metrics: tuple[int, ...] = ()
+) -> Any:
+    """What a recorder keeps before the first update."""
+    blank = {i: blank_record(x[i], group, metrics) for unit in units for i, group in unit.items()}
+    return nested(blank, params)
+
+
+def as_records(
+    values: jax.Array, unit: Unit, x: list[Any], metrics: tuple[int, ...] = ()
+) -> dict[int, jax.Array]:
+    """The values of a unit as each of its leaves keeps them."""
+    like = {i: blank_record(x[i], group, metrics) for i, group in unit.items()}
+    return per_leaf(values, unit, like)
+
+
+def check_records(who: str, before: Any, after: Any) -> None:
+    """Raises a `ValueError` where the state was made for other parameters or groups."""
+    old, new = (
+        {leaf.path: np.shape(leaf.value) for leaf in _trees.leaves_with_paths(tree)}
+        for tree in (before, after)
+    )
+    if old != new:
+        raise ValueError(
+            f"{who}: expected state of shapes {new}, found {old}: it was made for other "
+            "parameters or with other groups; call init again."
+        )
+
+
+def nested(values: dict[int, jax.Array], tree: Any) -> Any:
     """Values by leaf number as nested dictionaries; an array that is no dictionary's as itself.
 
     Other leaves have no entry: each costs a few microseconds per step.

@@ -1,0 +1,107 @@
+"""Transformations tried on small arrays, before they are used."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spherical_optax import _trees
+from spherical_optax.groups import RadialGroup
+from spherical_optax.transforms._units import Unit
+
+
+class Trial(NamedTuple):
+    """A step on small arrays: trees like the parameters, with `None` where leaves are left out."""
+
+    params: Any
+    gradients: Any
+    updates: Any
+    state: Any
+
+
+def trials(
+    tx: optax.GradientTransformation, params: Any, units: list[Unit], steps: int, *, same: bool
+) -> Iterator[list[Trial]]:
+    """Runs of a few steps on small arrays with the parameters' paths and numbers of axes.
+
+    The first run has of paths that differ in digits only, as repeated layers' do, one leaf; the
+    second has all leaves. One that fails, as the transformation needs other arguments or these
+    very shapes, is left out.
+
+    Args:
+      tx: The transformation.
+      params: The parameters; only paths, shapes and dtypes are read.
+      units: Their units.
+      steps: Steps of a run.
+      same: Whether every step has the same gradients.
+    """
+    leaves = _trees.visible_leaves(params)
+    groups = {i: group for unit in units for i, group in unit.items()}
+    for numbers in (_one_of_each_kind(leaves, groups), list(range(len(leaves)))):
+        small = {i: _small(leaves[i], groups.get(i)) for i in numbers}
+        try:
+            yield _run(tx, params, small, steps, same)
+        except Exception:
+            continue
+
+
+def _run(
+    tx: optax.GradientTransformation, params: Any, small: dict[int, Any], steps: int, same: bool
+) -> list[Trial]:
+    boxes, treedef = _trees.flatten_boxes(params)
+    rng = np.random.default_rng(0)
+
+    def random(scale: float) -> Any:
+        return treedef.unflatten(
+            [
+                jnp.asarray(scale * rng.normal(size=small[i].shape), small[i].dtype)
+                if small.get(i) is not None
+                else None
+                for i in range(len(boxes))
+            ]
+        )
+
+    found = []
+    # The values are known where init is traced too.
+    with jax.ensure_compile_time_eval(), jax.default_device(_cpu()):
+        x, g = random(0.01), random(1.0)
+        state = jax.jit(tx.init)(x)
+        update = jax.jit(optax.with_extra_args_support(tx).update)
+        for step in range(steps):
+            g = g if same or step == 0 else random(1.0)
+            updates, state = update(g, state, x)
+            found.append(Trial(x, g, updates, state))
+    return found
+
+
+def _one_of_each_kind(leaves: list[_trees.Leaf], groups: dict[int, RadialGroup]) -> list[int]:
+    """Of paths that differ in their digits only, as repeated layers' do, the first."""
+    kinds: dict[Any, int] = {}
+    for i, leaf in enumerate(leaves):
+        group = groups.get(i)
+        how = group and (group.index_axes, group.num_blocks)
+        kinds.setdefault((re.sub(r"\d+", "", leaf.path), np.ndim(leaf.value), how), i)
+    return list(kinds.values())
+
+
+def _small(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStruct | None:
+    """The leaf with three entries along each axis, and in each block: two have one direction."""
+    if not jnp.issubdtype(getattr(leaf.value, "dtype", object), jnp.inexact):
+        return None
+    shape = [min(3, size) for size in leaf.value.shape]
+    if group is not None and group.num_blocks is not None:
+        axis = group.axes(len(shape))[-1]
+        shape[axis] = min(3 * group.num_blocks, leaf.value.shape[axis])
+    return jax.ShapeDtypeStruct(tuple(shape), leaf.value.dtype)
+
+
+def _cpu() -> jax.Device | None:
+    """Where small programs compile quickly; `None`, the default device, if there is none."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

@@ -1,0 +1,363 @@
+"""The effective learning rate: how far a step turns a group, predicted and recorded."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees, geometry
+from spherical_optax._checks import check_number, check_transformation
+from spherical_optax._trial import Trial, trials
+from spherical_optax.diagnostics._recorders import (
+    as_records,
+    blank_records,
+    check_records,
+    nested,
+)
+from spherical_optax.groups import Groups, RadialGroup, group_size
+from spherical_optax.transforms import (
+    ScaleByAdamSRTState,
+    ScaleByAdamsState,
+    TransportedTraceState,
+)
+from spherical_optax.transforms._pair import check_type, pair, per_entry, resolve
+from spherical_optax.transforms._units import Unit, pick
+
+
+class EffectiveStep(NamedTuple):
+    """What a step does on the sphere, as `effective_learning_rate` predicts it.
+
+    Attributes:
+      learning_rate: The effective learning rate, one value per group.
+      direction: c without its radial part, arrays like x: u moves along its negative.
+      angle: By how much, in radians, one value per group.
+    """
+
+    learning_rate: jax.Array
+    direction: Any
+    angle: jax.Array
+
+
+def effective_learning_rate(
+    x: Any, a: Any, b: Any, learning_rate: jax.typing.ArrayLike, group: Any
+) -> EffectiveStep:
+    """The step on the sphere that x' = x - learning_rate a / b amounts to.
+
+    ```
+    s = |b| / sqrt(d)        c = r s a / b        A = learning_rate / (r^2 s)
+    lr_eff = A / (1 - A <c, u>)
+    u' = cos(t) u - sin(t) c_t / |c_t|,    t = arctan(lr_eff |c_t|),    c_t = c - <c, u> u
+    ```
+
+    with d the entries per group. Exact, for any a and b. With g the gradient, L2 included
+    (g = grad L(x) + w x), the optimizers are:
+
+    ```
+    SGD            a = g                                    b = 1
+    momentum SGD   a = m                                    b = 1
+    Adam           a = mhat                                 b = sqrt(vhat) + eps, by entry
+    AdamS          a = mhat                                 b = (sqrt(vhat) + eps) / sqrt(d)
+    ```
+
+    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS;
+    their states hold the moments of r g, and only the tangent part of the first: m is
+    trace / r + (1 - dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2.
+    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w). For SGD
+    with L2 factor w
+
+    ```
+    lr_eff = learning_rate / (r^2 (1 - learning_rate w))
+    ```
+
+    Args:
+      x: The parameters, an array, or a pytree of arrays for joint groups.
+      a: The numerator of the step, like x.
+      b: The denominator, positive: a number, one value per group, or like x.
+      learning_rate: A number, or one value per group.
+      group: A `RadialGroup`, or a pytree of them.
+
+    Returns:
+      An `EffectiveStep`, float32 or, for float64 arrays, float64. Beyond 90 degrees (where
+      A <c, u> > 1) the effective learning rate is negative, and the angle still right.
+      Where |x| = 0 there is no direction, and all is 0.
+
+    Raises:
+      TypeError: If group is no `RadialGroup`.
+      ValueError: If the shapes do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> x, gradient = jnp.array([2., 0.]), jnp.array([0., 1.])
+      >>> step = so.effective_learning_rate(x, gradient, 1.0, 0.4, so.per_layer())
+      >>> print(step.learning_rate, step.direction, step.angle)
+      0.1 [0. 2.] 0.19739556
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+    """
+    r = geometry.norm(x, group)
+    if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one for all leaves
+        b = jax.tree.map(lambda _: b, x)
+    b = jax.tree.map(_per_entry, group, x, b)
+    size = group_size(dict(enumerate(jax.tree.leaves(group))), jax.tree.leaves(x))
+    s = geometry.norm(b, group) / math.sqrt(size)
+    quotient = jax.tree.map(lambda p, q: geometry.wide(p) / q, a, b)
+    c = geometry.scale(r * s, quotient, group)
+    A = geometry.safe_divide(jnp.asarray(learning_rate, r.dtype), r * r * s)
+    forward = 1 - A * geometry.safe_divide(geometry.inner(c, x, group), r)
+    direction = geometry.project(c, x, group)
+    return EffectiveStep(
+        learning_rate=A / forward,
+        direction=direction,
+        angle=jnp.arctan2(A * geometry.norm(direction, group), forward),
+    )
+
+
+def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
+    """The denominator of each entry of x."""
+    b = jnp.asarray(b, geometry.accumulator(x.dtype))
+    per_group = group.shape(x.shape)
+    if b.shape not in (x.shape, per_group, ()):
+        raise ValueError(
+            f"effective_learning_rate: expected b as a number, of shape {x.shape} as x or of "
+            f"shape {per_group} as there are groups, found shape {b.shape}."
+        )
+    if b.shape == per_group != x.shape:
+        b = geometry.spread(b, x, group)
+    return jnp.broadcast_to(b, x.shape)
+
+
+class RecordEffectiveLearningRateState(NamedTuple):
+    """State of `record_effective_learning_rate`.
+
+    Attributes:
+      effective_learning_rate: Of the last step, 0 before the first: nested dictionaries with the
+        parameters' keys, of the leaves that have a group only, with one value per group.
+      inner_state: The optimizer's state.
+    """
+
+    effective_learning_rate: Any
+    inner_state: optax.OptState
+
+
+def record_effective_learning_rate(
+    tx: optax.GradientTransformation,
+    groups: Groups,
+    *,
+    b1: jax.typing.ArrayLike | None = None,
+    b2: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Records the effective learning rate of each step; put it around the optimizer.
+
+    ```
+    lr_eff = tan(t) / |c_t|        t: the angle from x to x + v, v the update
+    ```
+
+    with c_t as in `effective_learning_rate`, from the moments in the optimizer's state. What is
+    done to the learning rate, to the length of a step, or to the radius is seen in the angle:
+    schedules, decay, normalized steps, retractions. It goes around, and not into a chain after the
+    direction, as it needs both the moments and the whole update.
+
+    Args:
+      tx: The optimizer: SGD with or without momentum, Adam, AdamW, AdamS, AdamSRT, SGD-MRT, AdamG,
+        `hyperball` and `retract` around their directions, and chains with these.
+      groups: See the module `spherical_optax.groups`.
+      b1: Decay rate of its first moment `mu`, if it has one.
+      b2: Decay rate of its second moment `nu`, if it has one per entry.
+      eps: What it adds to the root of that.
+
+    Returns:
+      A transformation with state `RecordEffectiveLearningRateState`, and the updates and the state
+      of the optimizer in it; `update` needs params.
+
+    Raises:
+      TypeError: If tx is no transformation.
+      ValueError: If a number is out of range; at `init`, if `groups` does not fit the parameters,
+        the moments are not those of the optimizers above, a number is missing, or groups do not
+        step along the quotient of their moments, as they would not with Nesterov momentum.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.record_effective_learning_rate(optax.sgd(0.4), so.per_layer())
+      >>> params = jnp.array([2., 0.])
+      >>> _, state = tx.update(jnp.array([0., 1.]), tx.init(params), params)
+      >>> print(state.effective_learning_rate)  # 0.4 / 2^2
+      0.1
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+    """
+    check_transformation("record_effective_learning_rate", tx, "tx")
+    for name, value in (("b1", b1), ("b2", b2)):
+        if value is not None:
+            check_number("record_effective_learning_rate", name, value, below=1)
+    if eps is not None:
+        check_number("record_effective_learning_rate", "eps", eps)
+    wrapped = optax.with_extra_args_support(tx)
+
+    def rates(g: Any, v: Any, x: Any, state: Any, params: Any, unit: Unit) -> tuple[Any, Any]:
+        """The effective learning rate, and the cosine of the step and of what it should follow."""
+        r = geometry.norm(pick(unit, x), unit)
+        c = _numerator(g, pick(unit, x), state, params, unit, b1, b2, eps)
+        c = geometry.project(c, pick(unit, x), unit)
+        step = {i: geometry.wide(v[i]) for i in unit}
+        tangent = geometry.project(step, pick(unit, x), unit)
+        forward = r + geometry.safe_divide(geometry.inner(step, pick(unit, x), unit), r)
+        length, norm = geometry.norm(tangent, unit), geometry.norm(c, unit)
+        rate = geometry.safe_divide(geometry.safe_divide(length, norm), forward)
+        cosine = -geometry.safe_divide(geometry.inner(tangent, c, unit), length * norm)
+        return rate, cosine
+
+    def check(run: list[Trial]) -> None:
+        params, gradients, updates, state = run[-1]
+        units, x, (g, v), _ = pair(
+            "record_effective_learning_rate", groups, params, gradients, (updates, per_entry)
+        )
+        for unit in (unit for unit in units if all(x[i] is not None for i in unit)):
+            cosine = rates(g, v, x, state, params, unit)[1]
+            off = (cosine != 0) & (jnp.abs(cosine) < 1 - 1e-2)
+            if off.any():
+                path = _trees.visible_leaves(params)[next(iter(unit))].path
+                raise ValueError(
+                    f"record_effective_learning_rate: {path}: expected steps along the quotient of "
+                    f"the moments that tx keeps, found a cosine of {float(cosine[off][0]):.2f} "
+                    "with it: as with Nesterov momentum, or with another eps."
+                )
+
+    def init(params: optax.Params) -> RecordEffectiveLearningRateState:
+        units, x = resolve("record_effective_learning_rate", groups, params)
+        inner_state = wrapped.init(params)
+        for unit in units:
+            _moments(inner_state, params, unit, b1, b2, eps)
+        for run in trials(tx, params, units, 3, same=False):
+            with jax.ensure_compile_time_eval():  # known where init is traced too
+                check(run)
+            break
+        return RecordEffectiveLearningRateState(blank_records(units, x, params), inner_state)
+
+    def update(
+        updates: optax.Updates,
+        state: RecordEffectiveLearningRateState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RecordEffectiveLearningRateState]:
+        check_type("record_effective_learning_rate", state, RecordEffectiveLearningRateState)
+        steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
+        units, x, (g, v), _ = pair(
+            "record_effective_learning_rate", groups, params, updates, (steps, per_entry)
+        )
+        values: dict[int, jax.Array] = {}
+        for unit in units:
+            if all(v[i] is not None for i in unit):
+                rate, _ = rates(g, v, x, inner_state, params, unit)
+            else:  # a missing update is a step of zero
+                rate = jnp.zeros_like(geometry.norm(pick(unit, x), unit))
+            values |= as_records(rate, unit, x)
+        recorded = nested(values, params)
+        check_records("record_effective_learning_rate", state.effective_learning_rate, recorded)
+        return steps, RecordEffectiveLearningRateState(recorded, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# What the steps of their groups follow is known.
+KNOWN = (
+    optax.TraceState,
+    optax.ScaleByAdamState,
+    ScaleByAdamsState,
+    ScaleByAdamSRTState,
+    TransportedTraceState,
+)
+
+
+class _Moments(NamedTuple):
+    """The state that holds a unit's moments, and these by leaf number."""
+
+    holder: Any
+    first: dict[int, Any]
+    second: dict[int, Any]
+
+
+def _moments(
+    inner_state: Any, params: Any, unit: Unit, b1: Any, b2: Any, eps: Any
+) -> _Moments | None:
+    """The moments that an optimizer keeps of a unit; `None` if it keeps none.
+
+    Raises:
+      ValueError: If there are several, or such as are not known, or a number is missing.
+    """
+    who, leaves = "record_effective_learning_rate", _trees.visible_leaves(params)
+    first = leaves[next(iter(unit))]
+    holders = [
+        node
+        for node in jax.tree.leaves(inner_state, is_leaf=_holds_moments)
+        if _holds_moments(node) and _field(node, first.keys) is not None
+    ]
+    if not holders:
+        return None
+    found = [type(node).__name__ for node in holders]
+    if len(holders) > 1 or not isinstance(holders[0], KNOWN):
+        raise ValueError(
+            f"{who}: {first.path}: expected moments in one of "
+            f"{[each.__name__ for each in KNOWN]}, found {found}, whose steps it does not know."
+        )
+    moments = {i: _field(holders[0], leaves[i].keys) for i in unit}
+    seconds = {i: _field(holders[0], leaves[i].keys, ("nu",)) for i in unit}
+    needed = [("b1", b1)] if hasattr(holders[0], "mu") else []
+    if isinstance(holders[0], optax.ScaleByAdamState):
+        needed += [("b2", b2), ("eps", eps)]
+    missing = [name for name, value in needed if value is None]
+    if missing:
+        raise ValueError(
+            f"{who}: {first.path}: expected {' and '.join(missing)} of the optimizer, which its "
+            f"{found[0]} does not tell, found none; pass {', '.join(f'{m}=...' for m in missing)}."
+        )
+    return _Moments(holders[0], moments, seconds)
+
+
+def _holds_moments(node: Any) -> bool:
+    return hasattr(node, "_fields") and any(hasattr(node, name) for name in ("mu", "trace", "m1"))
+
+
+def _field(
+    holder: Any, keys: tuple[str, ...], names: tuple[str, ...] = ("mu", "trace", "m1")
+) -> Any:
+    """The leaf at a parameter's path in one of the fields of a state, if it is there."""
+    for name in names:
+        for leaf in _trees.leaves_with_paths(getattr(holder, name, None)):
+            if leaf.keys == keys and not leaf.hidden and leaf.value is not None:
+                return leaf.value
+    return None
+
+
+def _numerator(
+    g: Any, x: Any, state: Any, params: Any, unit: Unit, b1: Any, b2: Any, eps: Any
+) -> dict[int, Any]:
+    """C of `effective_learning_rate`, but for its radial part."""
+    r = geometry.norm(x, unit)
+    moments = _moments(state, params, unit, b1, b2, eps)
+    if moments is None:
+        return geometry.scale(r, {i: geometry.wide(g[i]) for i in unit}, unit)
+    a = {i: geometry.wide(each) for i, each in moments.first.items()}
+    corrected = 1.0
+    if hasattr(moments.holder, "mu"):
+        corrected = 1 - b1 ** moments.holder.count.astype(r.dtype)
+    if isinstance(moments.holder, ScaleByAdamSRTState | TransportedTraceState):
+        r = jnp.ones_like(r)  # their moments are of r g
+    if isinstance(moments.holder, optax.ScaleByAdamState):
+        second = 1 - b2 ** moments.holder.count.astype(r.dtype)
+        b = {
+            i: geometry.safe_sqrt(geometry.wide(v) / second) + eps
+            for i, v in moments.second.items()
+        }
+        s = geometry.norm(b, unit) / math.sqrt(group_size(unit, x))
+        a = {i: geometry.safe_divide(a[i], b[i]) for i in unit}
+        r = r * s
+    return geometry.scale(r / corrected, a, unit)
