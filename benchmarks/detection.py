@@ -26,7 +26,7 @@ class Config:
     model: tuple[str, ...] = ("resnet50", "transformer")
     """Which models: resnet50, transformer."""
     small: bool = False
-    """Narrow models, for a look at the program."""
+    """Narrow models, and two blocks of the transformer, for a look at the program."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for detection.json."""
 
@@ -65,11 +65,12 @@ class ResNet50(nn.Module):
 class Transformer(nn.Module):
     width: int
     vocabulary: int
+    layers: int
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = nn.Embed(self.vocabulary, self.width, name="embed")(tokens)
-        for _ in range(12):
+        for _ in range(self.layers):
             attention = nn.MultiHeadDotProductAttention(12, normalize_qk=True, use_bias=False)
             x = x + attention(nn.RMSNorm()(x))
             hidden = nn.gelu(nn.Dense(4 * self.width)(nn.RMSNorm()(x)))
@@ -86,7 +87,7 @@ def models(small: bool) -> dict[str, Callable[[], tuple[nn.Module, jax.Array]]]:
             jax.random.normal(key, (4, 64, 64, 3)),
         ),
         "transformer": lambda: (
-            Transformer(48 if small else 768, vocabulary),
+            Transformer(48 if small else 768, vocabulary, 2 if small else 12),
             jax.random.randint(key, (2, 16), 0, vocabulary),
         ),
     }

@@ -60,7 +60,7 @@ def test_recorders(tmp_path):
 def test_detection(tmp_path):
     options = ["--small", "--model", "transformer"]
     results, printed = run("detection.py", *options, out=tmp_path)
-    assert [row["with groups"] for row in results] == [24]
+    assert [row["with groups"] for row in results] == [4]
     assert "find_radial_groups" in printed
 
 
