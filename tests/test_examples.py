@@ -165,6 +165,7 @@ WRITTEN = {  # what each program writes to --out
     "examples/effective_learning_rate.py": ["results.json", "curves.png"],
     "examples/language.py": ["results.json", "curves.png"],
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
+    "examples/transfer.py": ["runs.jsonl", "results.json", "curves.png"],
     **{
         f"benchmarks/{name}.py": [f"{name}.json"]
         for name in (
