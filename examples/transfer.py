@@ -64,7 +64,7 @@ class Config:
     """Windows in a step."""
     context: int = 64
     """Bytes in a window."""
-    weight_decay: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
+    weight_decay: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
     """Decays of adamw to choose from, at the second width and with the last warm-up."""
     other_learning_rate: float = 5e-3
     """Of embedding, head and gains, at every width."""

@@ -67,11 +67,6 @@ def rotational(decay, learning_rate, average_angle, groups):
     return so.rotational(optax.trace(decay), learning_rate, average_angle, groups=groups)
 
 
-def hyperball_at_radii(learning_rate, groups):
-    radius = {"conv": 2.0, "": "sqrt(d)"}
-    return so.hyperball(optax.trace(0.8), learning_rate, groups=groups, radius=radius)
-
-
 def retract_by_function(step, groups):
     """The present radius by the geometry's function, along part of the step."""
 
@@ -87,9 +82,8 @@ def split_radial(decay, learning_rate, groups):
     return so.split_radial(tangent, optax.adam(learning_rate), groups)
 
 
-def effective(learning_rate, b1, groups):
-    tx = optax.adam(learning_rate, b1, eps=1e-6)
-    return so.record_effective_learning_rate(tx, groups, b1=b1, b2=0.999, eps=1e-6)
+def effective(learning_rate, momentum, groups):
+    return so.record_effective_learning_rate(optax.sgd(learning_rate, momentum), groups)
 
 
 def muonh(learning_rate, momentum, groups):
@@ -123,14 +117,13 @@ TABLE = {
     "retract": Entry(so.retract, {"radius": 2.0}),
     "retract(initial)": Entry(so.retract, {}),
     "retract(geodesic)": Entry(functools.partial(so.retract, method="geodesic"), {}),
-    "retract(sqrt(d))": Entry(functools.partial(so.retract, radius="sqrt(d)"), {}),
     "retract(rules)": Entry(functools.partial(so.retract, radius={"conv": 2.0, "": "sqrt(d)"}), {}),
     "retract(keep)": Entry(so.retract, {"keep": 0.5}),
     "retract(function)": Entry(retract_by_function, {"step": 0.5}),
     "split_radial": Entry(split_radial, {"decay": 0.8, "learning_rate": 0.01}),
     "record_sphere": Entry(so.record_sphere, {}),
     "record_gradient": Entry(so.record_gradient, {}),
-    "record_effective_learning_rate": Entry(effective, {"learning_rate": 0.1, "b1": 0.8}),
+    "record_effective_learning_rate": Entry(effective, {"learning_rate": 0.1, "momentum": 0.8}),
     "adams": Entry(so.adams, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "adamsrt": Entry(so.adamsrt, {"learning_rate": 0.1, "b1": 0.8, "weight_decay": 0.01}),
     "adamsw": Entry(
@@ -159,7 +152,6 @@ TABLE = {
         hyperball,
         {"decay": 0.8, "learning_rate": 0.1},
     ),
-    "hyperball(radii)": Entry(hyperball_at_radii, {"learning_rate": 0.1}),
     "adamh": Entry(so.adamh, {"learning_rate": 0.1, "b1": 0.8}),
     "muonh": Entry(muonh, {"learning_rate": 0.1, "momentum": 0.8}),
     "rotational": Entry(

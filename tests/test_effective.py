@@ -114,6 +114,17 @@ def test_updates_are_those_of_the_optimizer(x64):
     )
 
 
+def test_numbers_that_are_traced(x64):
+    params, groups = jnp.array([2.0, 1.0, 0.0]), so.per_layer()
+
+    @jax.jit
+    def start(b1, eps):
+        tx = optax.adam(LR, b1, B2, eps)
+        return record(tx, groups, b1=b1, b2=B2, eps=eps).init(params)
+
+    assert start(B1, EPS).effective_learning_rate == 0
+
+
 def test_what_it_cannot_know_is_named():
     params, groups = {"w": jnp.ones((4, 3))}, {"w": so.per_filter()}
     for tx, numbers, message in (

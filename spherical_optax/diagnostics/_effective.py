@@ -223,7 +223,7 @@ def record_effective_learning_rate(
         for unit in (unit for unit in units if all(x[i] is not None for i in unit)):
             cosine = rates(g, v, x, state, params, unit)[1]
             off = (cosine != 0) & (jnp.abs(cosine) < 1 - 1e-2)
-            if off.any():
+            if not isinstance(off, jax.core.Tracer) and off.any():  # of numbers that are known
                 path = _trees.visible_leaves(params)[next(iter(unit))].path
                 raise ValueError(
                     f"record_effective_learning_rate: {path}: expected steps along the quotient of "
