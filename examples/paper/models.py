@@ -7,11 +7,12 @@ one unless given.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import spherical_optax as so
@@ -22,9 +23,6 @@ GROUPS = so.groups_by_path({r".*conv\d*(/\d+)?/kernel": so.per_filter()})
 WIDTHS: dict[Model, int] = {"resnet18": 64, "resnet20": 16, "vgg16": 64}
 EPSILON = 1e-5
 MOMENTUM = 0.9  # of the running statistics: PyTorch's 0.1 counts the other way
-
-# PyTorch's kaiming_uniform_(a=sqrt(5)): between plus and minus fan_in^(-1/2).
-kaiming_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class BatchNorm(nnx.Module):
@@ -67,8 +65,9 @@ class BatchNorm(nnx.Module):
 class Layers:
     """Makes the layers that the networks share, of one dtype and one way of BatchNorm."""
 
-    def __init__(self, rngs: nnx.Rngs, parts: int, dtype: Any) -> None:
-        self.rngs, self.dtype = rngs, dtype
+    def __init__(self, seed: int, parts: int, dtype: Any) -> None:
+        # NumPy's numbers: JAX's take half a minute to compile for so many shapes on a CPU.
+        self.rng, self.rngs, self.dtype = np.random.default_rng(seed), nnx.Rngs(0), dtype
         self.norm = functools.partial(BatchNorm, parts=parts, dtype=dtype)
 
     def conv(self, inside: int, outside: int, size: int = 3, stride: int = 1) -> nnx.Conv:
@@ -79,20 +78,24 @@ class Layers:
             strides=stride,
             padding=(size - 1) // 2,  # on both sides; "SAME" would shift where the stride is 2
             use_bias=False,
-            kernel_init=kaiming_uniform,
+            kernel_init=self.uniform(size * size * inside),
             dtype=self.dtype,
             rngs=self.rngs,
         )
 
     def linear(self, inside: int, outside: int) -> nnx.Linear:
-        bound = inside**-0.5
+        uniform = self.uniform(inside)
+        return nnx.Linear(inside, outside, kernel_init=uniform, bias_init=uniform, rngs=self.rngs)
 
-        def uniform(key: Any, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> Any:
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
+    def uniform(self, fan_in: int) -> Callable[..., jax.Array]:
+        """PyTorch's kaiming_uniform_(a=sqrt(5)): between plus and minus fan_in^(-1/2)."""
+        bound = fan_in**-0.5
 
-        return nnx.Linear(
-            inside, outside, kernel_init=kaiming_uniform, bias_init=uniform, rngs=self.rngs
-        )
+        def init(key: Any, shape: Sequence[int], *_: Any) -> jax.Array:
+            del key
+            return jnp.asarray(self.rng.uniform(-bound, bound, shape), jnp.float32)
+
+        return init
 
 
 class Block(nnx.Module):
@@ -176,7 +179,7 @@ class VGG(nnx.Module):
 
 def make_model(
     name: Model,
-    seed: Any,
+    seed: int,
     *,
     channels: int = 3,
     classes: int = 10,
@@ -185,8 +188,8 @@ def make_model(
     parts: int = 1,
     dtype: Any = jnp.float32,
 ) -> nnx.Module:
-    """A network with weights from a seed or key; `large` takes ResNet18's ImageNet form."""
-    layers = Layers(nnx.Rngs(seed), parts, dtype)
+    """A network with its initial weights; `large` takes ResNet18's ImageNet form."""
+    layers = Layers(seed, parts, dtype)
     width = width or WIDTHS[name]
     if name == "vgg16":
         return VGG(layers, channels, classes, width)

@@ -89,7 +89,7 @@ def layer_metrics(state: Any) -> Any:
 
 
 class Program:
-    """What is compiled once for all runs of a recipe: `init`, `step` and `evaluate`."""
+    """What is compiled once for all runs of a recipe: `start`, `step` and `evaluate`."""
 
     def __init__(self, cell: Cell, dataset: Dataset) -> None:
         devices = jax.device_count()
@@ -109,10 +109,10 @@ class Program:
         mean, std = normalization(dataset)
         parts = devices if cell.batch_norm == "device" else 1
 
-        def model(key: Any) -> nnx.Module:
+        def model(seed: int) -> nnx.Module:
             return make_model(
                 cell.model,
-                key,
+                seed,
                 channels=cell.channels,
                 classes=cell.classes,
                 width=cell.width,
@@ -121,7 +121,7 @@ class Program:
                 dtype=jnp.dtype(cell.dtype),
             )
 
-        graph = nnx.graphdef(nnx.eval_shape(lambda: model(jax.random.key(0))))
+        graph = nnx.graphdef(nnx.eval_shape(lambda: model(0)))
         schedule = make_schedule(cell, self.steps)
 
         def optimizer(setting: Setting) -> optax.GradientTransformation:
@@ -135,8 +135,12 @@ class Program:
         def prepare(image: jax.Array) -> jax.Array:
             return (image.astype(jnp.float32) / 255 - mean) / std
 
-        def init(seed: jax.Array, setting: Setting) -> Carry:
-            _, params, stats = nnx.split(model(jax.random.key(seed)), nnx.Param, nnx.BatchStat)
+        def weights(seed: int) -> tuple[Any, Any]:
+            # As NumPy arrays, which every host has alike.
+            _, *parts = nnx.split(model(seed), nnx.Param, nnx.BatchStat)
+            return jax.tree.map(np.asarray, tuple(parts))
+
+        def start(params: Any, stats: Any, setting: Setting) -> Carry:
             state = optimizer(setting).init(params)
             return Carry(params, stats, state, no_totals(state))
 
@@ -167,7 +171,7 @@ class Program:
             return jnp.stack([right.sum(), batch["weight"].sum()])
 
         where = {"out_shardings": self.replicated}
-        self.init = jax.jit(init, **where)
+        self.weights, self.start = weights, jax.jit(start, **where)
         self.step = jax.jit(step, donate_argnums=0, **where)
         self.evaluate = jax.jit(evaluate, **where)
         self.restart = jax.jit(
@@ -231,7 +235,7 @@ def train(
         counts = (program.evaluate(params, stats, program.place(batch)) for batch in found)
         return accuracy(counts, cell.protocol)
 
-    carry = program.init(np.uint32(data_seed), cell.setting)
+    carry = program.start(*program.weights(cell.seed), cell.setting)
     best = program.copy((carry.params, carry.stats))
     at = Progress(0, batches.get_state(), [], 0, -1.0)
     checkpoints = (folder / "checkpoints").absolute()
