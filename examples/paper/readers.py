@@ -195,12 +195,12 @@ def read_mat(path: pathlib.Path) -> Arrays:
 
     data = load_bytes(path)
     try:
+        names = [name for name, *_ in scipy.io.whosmat(io.BytesIO(data))]
         content = scipy.io.loadmat(io.BytesIO(data), variable_names=["X", "y"])
     except Exception as error:  # scipy raises whatever the bytes lead to
         raise DataError(path, "a whole MATLAB file", f"{error}" or type(error).__name__) from error
     if not {"X", "y"} <= content.keys():
-        found = sorted(name for name in content if not name.startswith("__"))
-        raise DataError(path, "the variables X and y", f"{found}")
+        raise DataError(path, "the variables X and y", f"{names}")
     x, y = content["X"], content["y"]
     if x.dtype != np.uint8:
         raise DataError(path, "X of dtype uint8", f"{x.dtype}")

@@ -277,6 +277,8 @@ def train(
                     progress=ocp.args.JsonSave(at._asdict()),
                 )
                 manager.save(step, args=saved)
+            if ended:
+                meter.restart()
         meter.bar.close()
         result = {
             "cell": dataclasses.asdict(cell),
@@ -310,17 +312,19 @@ class Meter:
             disable=jax.process_index() != 0,
         )
         self.batch_size, self.step, self.start = cell.batch_size, step, time.perf_counter()
-        self.rate: float | None = None  # images per second, since the step after compilation
+        self.rate: float | None = None  # images per second, of the last interval
+
+    def restart(self) -> None:
+        """Leaves out what was done since the last look, as evaluation."""
+        self.start = time.perf_counter()
 
     def show(self, step: int, totals: Totals) -> None:
         loss, correct, images = jax.device_get(totals[:3])  # waits for the devices
         now = time.perf_counter()
         speed = (step - self.step) * self.batch_size / (now - self.start)
-        # The first interval has the compilation: the rate that is kept leaves it out.
-        if self.bar.n > self.bar.initial:
-            self.rate = speed
-        else:
-            self.step, self.start = step, now
+        # The first interval has the compilation.
+        self.rate = None if self.bar.n == self.bar.initial else speed
+        self.step, self.start = step, now
         self.bar.set_postfix(
             loss=f"{loss / images:.3f}",
             accuracy=f"{100 * correct / images:.1f}%",
