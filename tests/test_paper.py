@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import tyro
+from conftest import QUICK
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -134,9 +135,13 @@ def write_cifar_binary(path, classes):
     return written, train, test
 
 
+def read_each(images):
+    return zip(*(images[i] for i in range(len(images))), strict=True)
+
+
 def as_arrays(images):
-    pairs = [images[i] for i in range(len(images))]
-    return np.stack([image for image, _ in pairs]), [label for _, label in pairs]
+    found, labels = read_each(images)
+    return np.stack(found), list(labels)
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -274,7 +279,7 @@ def wrong(path, *texts):
     def read_all():
         dataset = readers.read(path)
         for images in (dataset.train, dataset.test):
-            as_arrays(images)
+            read_each(images)
 
     with pytest.raises(DataError, match=r"expected .*, found ") as error:
         read_all()
@@ -823,20 +828,15 @@ def mnist(tmp_path_factory):
     return path
 
 
-def small_network(monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
     """One block in place of nine: it compiles in a fraction of the time."""
     build = models.ResNet
 
-    def short(*arguments, **options):
-        layers, channels, classes, width, _ = arguments
-        return build(layers, channels, classes, width, (1,), **options)
+    def make(layers, channels, classes, width, _, **more):
+        return build(layers, channels, classes, width, (1,), **more)
 
-    monkeypatch.setattr(models, "ResNet", short)
-
-
-@pytest.fixture
-def short(monkeypatch):
-    small_network(monkeypatch)
+    monkeypatch.setattr(models, "ResNet", make)
     training.program_of.cache_clear()
     yield
     training.program_of.cache_clear()
@@ -942,28 +942,31 @@ def test_accuracy_over_images_and_over_batches():
     assert np.isclose(training.accuracy(iter(counts), "sound"), 9 / 15)
 
 
-PROGRAM = [sys.executable, "-m", "examples.paper"]
+# The program with the short network, as the tests here have it; several commands in one process.
+SHORT = """
+import json, sys
+from examples.paper import __main__ as program, models, options
+import tyro
+build = models.ResNet
+def short(layers, channels, classes, width, _, **more):
+    return build(layers, channels, classes, width, (1,), **more)
+models.ResNet = short
+for arguments in json.loads(sys.argv[1]):
+    program.main(tyro.cli(options.Command, args=arguments))
+"""
 
 
-def start(*arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    cache = ROOT / ".jax_cache" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{flags} {quick()}"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+def start(*commands, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+    arguments = json.dumps([[str(each) for each in command] for command in commands])
     return subprocess.Popen(
-        [*PROGRAM, *map(str, arguments)],
-        env=environment,
+        [sys.executable, "-c", SHORT, arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def quick():
-    from conftest import QUICK
-
-    return QUICK
 
 
 def finished(process):
@@ -978,28 +981,29 @@ def only_result(folder):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_with_the_same_bits(mnist, tmp_path):
+def test_killed_and_resumed_it_ends_with_the_same_bits(short, mnist, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["run", *TINY, "--data", mnist, "--optimizer", "adamsrt", "--seeds", "3"]
-    arguments += ["--augmentation", "crop_flip", "--epochs", "6", "--checkpoint-steps", "2"]
-    out = finished(start(*arguments, "--out", whole))
+    arguments += ["--augmentation", "crop_flip", "--epochs", "20", "--checkpoint-steps", "2"]
+    program.main(parse(*arguments, "--out", whole))
+    out = capsys.readouterr().out
     assert re.search(r"seed 3: test accuracy \d+\.\d\d % of epoch \d", out)
     expected = only_result(whole)
 
-    process = start(*arguments, "--out", killed)
+    process = start([*arguments, "--out", killed])
     try:
         checkpoint = wait_for(killed, process)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 2 <= checkpoint < 18
+    assert 2 <= checkpoint < 60
     assert not list(killed.glob("*/result.json"))
-    finished(start(*arguments, "--out", killed))
+    finished(start([*arguments, "--out", killed]))
     found = only_result(killed)
     for name in ("sha256", "history", "test_accuracy", "best_epoch", "cell"):
         assert found[name] == expected[name], name
-    assert len(found["history"]) == 6
+    assert len(found["history"]) == 20
 
 
 def wait_for(folder, process):
@@ -1012,17 +1016,32 @@ def wait_for(folder, process):
 
 
 @pytest.mark.slow
-def test_two_devices_train_as_one(mnist, tmp_path):
-    losses = {}
-    for key, devices, norm in (("one", 1, "global"), ("two", 2, "global"), ("parts", 2, "device")):
-        arguments = ["run", *TINY, "--data", mnist, "--optimizer", "sgd", "--seeds", "0"]
-        arguments += ["--epochs", "1", "--batch-norm", norm, "--out", tmp_path / key]
-        finished(start(*arguments, devices=devices))
-        result = only_result(tmp_path / key)
-        assert result["devices"].startswith(f"{devices} x ")
-        losses[key] = result["history"][0]["loss"]
-    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-4)
-    assert abs(losses["parts"] - losses["one"]) > 1e-3 * losses["one"]
+def test_two_devices_train_as_one(short, mnist, tmp_path):
+    arguments = ["run", *TINY, "--data", mnist, "--optimizer", "sgd", "--seeds", "0"]
+    arguments += ["--epochs", "1", "--batch-size", "4"]
+    program.main(parse(*arguments, "--out", tmp_path / "one"))
+    norms = ("global", "device")
+    commands = [[*arguments, "--batch-norm", norm, "--out", tmp_path / norm] for norm in norms]
+    odd = [*arguments, "--batch-size", "15", "--out", tmp_path / "odd"]
+    process = start(*commands, odd, devices=2)
+    _, errors = process.communicate()
+    assert "--batch-size: expected a multiple of 2, the devices, found 15" in errors
+    found = {name: only_result(tmp_path / name) for name in ("one", *norms)}
+    assert [each["devices"][:2] for each in found.values()] == ["1 ", "2 ", "2 "]
+    one, both, parts = (each["history"][0]["loss"] for each in found.values())
+    np.testing.assert_allclose(both, one, rtol=1e-4)
+    assert abs(parts - one) > 1e-3 * one
+
+
+def test_a_damaged_image_stops_training_with_one_line(short, tmp_path):
+    write_folders(tmp_path / "data")
+    cut(tmp_path / "data" / "val" / "dog" / "0.png", 40)
+    arguments = ["--data", tmp_path / "data", "--preset", "small", "--optimizer", "sgd"]
+    arguments += ["--image-size", "16", "--augmentation", "resized_crop", "--validation", "0.2"]
+    arguments += ["--train-images", "4", "--batch-size", "2", "--test-batch-size", "2"]
+    message = refused("run", *arguments, "--out", tmp_path / "out")
+    assert f"{tmp_path}/data/val/dog/0.png: expected an image, found" in message
+    assert "\n" not in message
 
 
 # The table.
