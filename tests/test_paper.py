@@ -818,7 +818,18 @@ def test_bad_options(tmp_path):
 # Training.
 
 TINY = ["--preset", "small", "--width", "2", "--train-images", "60", "--test-images", "20"]
-TINY += ["--epochs", "2", "--batch-size", "20", "--test-batch-size", "20", "--log-every", "1"]
+TINY += [
+    "--validation",
+    "0.14",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "20",
+    "--test-batch-size",
+    "20",
+    "--log-every",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -857,7 +868,7 @@ def test_sweep_shares_its_program_and_skips_what_is_finished(short, mnist, tmp_p
     monkeypatch.setattr(training, "Program", Counting)
     arguments = ["--data", mnist, "--optimizers", "sgdmrt", "adamg", "--learning-rates", "0.01"]
     arguments += ["0.03", "--weight-decays", "0", "1e-3", "--seeds", "0", "1", "--out", tmp_path]
-    arguments += ["--search-seeds", "7", "--validation", "0.14"]
+    arguments += ["--search-seeds", "7"]
     program.main(parse("sweep", *TINY, *arguments))
     assert len(made) == 2
     assert [each.compiled() for each in made] == [1, 1]
@@ -870,6 +881,7 @@ def test_sweep_shares_its_program_and_skips_what_is_finished(short, mnist, tmp_p
         search = [run for run in runs if run["role"] == "search"]
         report = [run for run in runs if run["role"] == "report"]
         assert [run["cell"]["seed"] for run in search] == [7] * 4
+        assert {run["test_accuracy"] for run in search} == {None}
         best = max(search, key=lambda run: run["validation_accuracy"])
         assert best["validation_accuracy"] in {
             run["validation_accuracy"]
@@ -1075,8 +1087,8 @@ def test_table(tmp_path, capsys):
     runs += [
         result_of("adamsrt", 0.99, 0.7, seed=i, decay=1e-3) for i in range(3)
     ]  # worse validated
-    runs += [result_of("adamsrt", 0.99, 0.9, seed=9, decay=1e-2, role="search")]
-    runs += [result_of("adam", 0.7, 0.7, seed=9, role="search")]
+    runs += [result_of("adamsrt", None, 0.9, seed=9, decay=1e-2, role="search")]
+    runs += [result_of("adam", None, 0.7, seed=9, role="search")]
     runs += [result_of("sgd", 0.5, 0.5, seed=0, epochs=5)]
     for i, run in enumerate(runs):
         (tmp_path / str(i)).mkdir()
@@ -1090,7 +1102,7 @@ def test_table(tmp_path, capsys):
     assert "| Adam | 70.00*, n=1 | 93.77 (.20) | - | 93.77 (.20) |" in text
     assert "| SGD-M | - | 95.10 (.04) | 50.00, n=1 | 95.10 (.04) |" in text
     assert "| SGD-MRT |" not in lines
-    assert "* Of the search's own seeds" in text
+    assert "* Validation accuracy of the search" in text
     content = json.loads((tmp_path / "table.json").read_text())
     (row,) = [r for r in content["columns"][0]["rows"] if r["optimizer"] == "adamsrt"]
     assert row["per_seed"] == pytest.approx([90, 91, 92])

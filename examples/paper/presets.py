@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 4,
         "protocol": "sound",
         "train_images": 6000,
+        "validation": 1 / 60,  # 1000 images
         "epochs": 4,
         "batch_size": 64,
         "test_batch_size": 1000,

@@ -50,7 +50,9 @@ class Entry(NamedTuple):
 
     @property
     def accuracies(self) -> list[float]:
-        return [100 * run["test_accuracy"] for run in self.runs]
+        """On the test set, or on the validation set while there are runs of the search only."""
+        name = "validation_accuracy" if self.searched else "test_accuracy"
+        return [100 * run[name] for run in self.runs]
 
 
 class Column(NamedTuple):
@@ -108,7 +110,7 @@ def mean_validation(runs: list[Result]) -> float:
 def columns(results: list[Result]) -> list[Column]:
     """Of each column and optimizer the setting of best mean validation accuracy.
 
-    Runs that were for the search only count where there are no others.
+    Runs of the search count where there are no others.
     """
     found: dict[str, dict[str, dict[str, list[Result]]]] = {}
     for result in results:
@@ -198,7 +200,7 @@ def markdown(report: list[dict[str, Any]], confidence: float) -> str:
         "Of several settings that of best mean validation accuracy.",
     ]
     if any(row["search_only"] for each in report for row in each["rows"]):
-        notes.append("* Of the search's own seeds: the others are not there yet.")
+        notes.append("* Validation accuracy of the search: no run has been tested yet.")
     for each in report:
         settings = ["optimizer | learning rate | decay | b2 | settings tried", "--- | " * 4 + "---"]
         settings += [

@@ -10,6 +10,7 @@ from typing import Any
 import tqdm
 
 from .cells import Cell, Role, grid_cells, search_seeds_of, seeds_of
+from .errors import stop
 from .options import Common, Sweep
 from .readers import Dataset
 from .training import RESULT, train
@@ -18,7 +19,7 @@ from .training import RESULT, train
 def finish(cells: Iterable[Cell], dataset: Dataset, options: Common, role: Role) -> Iterator[Any]:
     """The result of each cell, from its file where there is one."""
     for cell in cells:
-        folder = options.out / cell.name
+        folder = options.out / f"{cell.name}{'-search' if role == 'search' else ''}"
         yield read_result(folder) or train(
             cell,
             dataset,
@@ -33,7 +34,10 @@ def finish(cells: Iterable[Cell], dataset: Dataset, options: Common, role: Role)
 
 def read_result(folder: pathlib.Path) -> dict[str, Any] | None:
     path = folder / RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise stop(f"{path}", "the result of a run", f"{error}") from error
 
 
 def with_seeds(cells: Iterable[Cell], seeds: Iterable[int]) -> list[Cell]:
