@@ -32,9 +32,23 @@ def run(options: Run, dataset: Dataset) -> None:
     ):
         accuracies.append(100 * result["test_accuracy"])
         tested = f"test accuracy {accuracies[-1]:.2f} % of epoch {result['best_epoch']}"
-        print(f"{cell.data} {cell.model} {cell.optimizer}, seed {seed}: {tested}")
-    if len(accuracies) > 1:
+        if jax.process_index() == 0:
+            print(f"{cell.data} {cell.model} {cell.optimizer}, seed {seed}: {tested}")
+    if len(accuracies) > 1 and jax.process_index() == 0:
         print(f"mean (std): {number(statistics.mean(accuracies), statistics.stdev(accuracies))}")
+
+
+def connect(options: Common) -> None:
+    """To the other processes, if there are any; before JAX looks for devices."""
+    if options.coordinator is not None:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process,
+            coordinator_bind_address=options.coordinator,  # JAX's own: all addresses
+        )
+    elif options.distributed:
+        jax.distributed.initialize()
 
 
 def check(options: Common) -> None:
@@ -46,6 +60,12 @@ def check(options: Common) -> None:
             options.checkpoint_steps,
             "at least 1",
             options.checkpoint_steps != 0,
+        ),
+        (
+            "--process",
+            options.process,
+            "0 to --processes - 1",
+            0 <= options.process < options.processes,
         ),
         ("--threads", options.threads, "at least 0", (options.threads or 0) >= 0),
         ("--image-size", options.image_size, "at least 1", options.image_size != 0),
@@ -64,8 +84,7 @@ def main(command: Command) -> None:
         match command:
             case Run() | Sweep():
                 check(command)
-                if command.distributed:
-                    jax.distributed.initialize()
+                connect(command)
                 dataset = read(command.data)
                 run(command, dataset) if isinstance(command, Run) else sweep(command, dataset)
             case Table():

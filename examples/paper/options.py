@@ -65,7 +65,13 @@ class Common:
     keep: bool = False
     """Keep the checkpoints of finished runs."""
     distributed: bool = False
-    """Call jax.distributed.initialize(): this is one of several processes."""
+    """This is one of several processes, of a cluster that JAX can ask; they share --out."""
+    coordinator: str | None = None
+    """The same on machines that JAX cannot ask: address and port of process 0."""
+    processes: int = 1
+    """How many there are."""
+    process: int = 0
+    """Which this is, from 0."""
     out: pathlib.Path = OUT
     """Folder with a folder for each run."""
 

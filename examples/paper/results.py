@@ -276,10 +276,12 @@ def plot_column(column: Column, path: pathlib.Path) -> None:
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_ylabel(title)
     axes[0, 0].set_yscale("log")
+    for ax, layer in zip(axes[1], chosen, strict=True):
+        ax.set_title(layer.removesuffix("/kernel"), fontsize=10)
     for row_axes, metric in zip(axes[1:], LAYER_METRICS, strict=True):
-        for ax, layer in zip(row_axes, chosen, strict=True):
+        row_axes[0].set_ylabel(labels[metric])
+        for ax in row_axes:
             ax.set_yscale("log")
-            ax.set_ylabel(f"{layer.removesuffix('/kernel')}: {labels[metric]}")
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     for ax in axes[-1]:

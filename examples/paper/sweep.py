@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import tqdm
 
 from .cells import Cell, Role, grid_cells, search_seeds_of, seeds_of
@@ -61,13 +62,14 @@ def sweep(options: Sweep, dataset: Dataset) -> None:
     grids = {name: grid_cells(options, dataset, name) for name in dict.fromkeys(options.optimizers)}
     settings = sum(map(len, grids.values()))
     total = settings * len(search_seeds) + len(grids) * len(seeds)
-    with tqdm.tqdm(total=total if search_seeds else settings * len(seeds), unit="run") as bar:
+    total = total if search_seeds else settings * len(seeds)
+    with tqdm.tqdm(total=total, unit="run", disable=jax.process_index() != 0) as bar:
         for name, grid in grids.items():
+            bar.set_description(name)
             if search_seeds:
                 cells = with_seeds(grid, search_seeds)
                 grid = [best_of(collect(cells, dataset, options, "search", bar), cells)]
             collect(with_seeds(grid, seeds), dataset, options, "report", bar)
-            bar.set_description(name)
 
 
 def collect(

@@ -313,6 +313,7 @@ class Meter:
         )
         self.batch_size, self.step, self.start = cell.batch_size, step, time.perf_counter()
         self.rate: float | None = None  # images per second, of the last interval
+        self.compiling = True  # in the first one
 
     def restart(self) -> None:
         """Leaves out what was done since the last look, as evaluation."""
@@ -322,9 +323,8 @@ class Meter:
         loss, correct, images = jax.device_get(totals[:3])  # waits for the devices
         now = time.perf_counter()
         speed = (step - self.step) * self.batch_size / (now - self.start)
-        # The first interval has the compilation.
-        self.rate = None if self.bar.n == self.bar.initial else speed
-        self.step, self.start = step, now
+        self.rate = None if self.compiling else speed
+        self.step, self.start, self.compiling = step, now, False
         self.bar.set_postfix(
             loss=f"{loss / images:.3f}",
             accuracy=f"{100 * correct / images:.1f}%",
