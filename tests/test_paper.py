@@ -1,6 +1,7 @@
 """The paper's experiments: readers, data, models, published values, runs, tables."""
 
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -11,27 +12,23 @@ import struct
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 import tyro
 from conftest import QUICK
+from flax import nnx
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the package's name is examples.paper, from the root
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from flax import nnx  # noqa: E402
-
-import spherical_optax as so  # noqa: E402
-from examples.paper import (  # noqa: E402
-    __main__ as program,
-)
-from examples.paper import (  # noqa: E402
+import spherical_optax as so
+from examples.paper import __main__ as program
+from examples.paper import (
     cells,
     data,
     models,
+    optimizers,
     options,
     published,
     readers,
@@ -39,8 +36,9 @@ from examples.paper import (  # noqa: E402
     sweep,
     training,
 )
-from examples.paper.errors import DataError  # noqa: E402
+from examples.paper.errors import DataError
 
+ROOT = pathlib.Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 
 
@@ -166,8 +164,6 @@ def test_cifar(classes, form, tmp_path):
 
 
 def test_svhn(tmp_path):
-    import scipy.io
-
     images, labels = pixels(2, 32, 32, 3), np.array([[10], [3]], np.uint8)
     for name in ("train", "test"):
         content = {"X": images.transpose(1, 2, 3, 0), "y": labels}
@@ -244,7 +240,6 @@ def example(image, label, *, packed=True):
 
 def write_records(path, label=1, make=example):
     module = pytest.importorskip("array_record.python.array_record_module")
-    import io
 
     buffer = io.BytesIO()
     Image.fromarray(np.full((20, 30, 3), 9, np.uint8)).save(buffer, "PNG")
@@ -367,8 +362,6 @@ def test_damaged_binary_cifar(tmp_path):
 
 
 def test_damaged_svhn(tmp_path):
-    import scipy.io
-
     def fresh(content, *texts):
         good = {"X": pixels(32, 32, 3, 2), "y": np.array([[1], [2]], np.uint8)}
         scipy.io.savemat(tmp_path / "train_32x32.mat", good)
@@ -915,8 +908,6 @@ def test_sweep_shares_its_program_and_skips_what_is_finished(short, mnist, tmp_p
 @pytest.mark.parametrize("name", published.OPTIMIZERS)
 def test_optimizers_move_as_they_should(name):
     """Decay and rate may be traced; fixed spheres stay; the others obey what decay says."""
-    from examples.paper.optimizers import Setting, make_optimizer
-
     rng = np.random.default_rng(0)
     params = {
         "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)},
@@ -925,9 +916,11 @@ def test_optimizers_move_as_they_should(name):
     constant = lambda rate: lambda count: rate  # noqa: E731
 
     def move(decay, grads):
-        setting = Setting(0.1, decay, 0.9, 0.99)
-        state = make_optimizer(name, setting, constant).init(params)
-        step = jax.jit(lambda s: make_optimizer(name, s, constant).update(grads, state, params)[0])
+        setting = optimizers.Setting(0.1, decay, 0.9, 0.99)
+        state = optimizers.make_optimizer(name, setting, constant).init(params)
+        step = jax.jit(
+            lambda s: optimizers.make_optimizer(name, s, constant).update(grads, state, params)[0]
+        )
         return step(setting)
 
     grads = jax.tree.map(jnp.ones_like, params)
@@ -1049,7 +1042,16 @@ def test_a_damaged_image_stops_training_with_one_line(short, tmp_path):
     write_folders(tmp_path / "data")
     cut(tmp_path / "data" / "val" / "dog" / "0.png", 40)
     arguments = ["--data", tmp_path / "data", "--preset", "small", "--optimizer", "sgd"]
-    arguments += ["--image-size", "16", "--augmentation", "resized_crop", "--validation", "0.2"]
+    arguments += [
+        "--dtype",
+        "bfloat16",
+        "--image-size",
+        "16",
+        "--augmentation",
+        "resized_crop",
+        "--validation",
+        "0.2",
+    ]
     arguments += ["--train-images", "4", "--batch-size", "2", "--test-batch-size", "2"]
     message = refused("run", *arguments, "--out", tmp_path / "out")
     assert f"{tmp_path}/data/val/dog/0.png: expected an image, found" in message

@@ -237,7 +237,7 @@ def make_table(options: Table) -> None:
 
 
 def curves(entry: Entry, value: Any) -> np.ndarray:
-    """A value of each seed's epochs, cut to the shortest."""
+    """A value after each epoch, a row for each seed."""
     return np.array([[value(line) for line in run["history"]] for run in entry.runs], float)
 
 
