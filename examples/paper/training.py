@@ -289,7 +289,7 @@ def train(
             "best_epoch": at.best_epoch,
             "images_per_second": meter.rate,
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "sha256": digest(carry[:3]),
+            "sha256": digest((carry[:3], best)),
             "history": at.history,
         }
     if jax.process_index() == 0:
@@ -357,7 +357,7 @@ def finite(value: Any) -> float | None:
 
 
 def digest(tree: Any) -> str:
-    """Of the bits of weights, statistics and optimizer's state."""
+    """Of the bits of arrays."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         total.update(np.asarray(leaf).tobytes())
