@@ -914,32 +914,48 @@ def test_optimizers_move_as_they_should(name):
         "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)},
         "linear": {"kernel": jnp.ones((4, 2))},
     }
+    x = params["conv"]["kernel"]
+    before = so.geometry.norm(x, so.per_filter())
     constant = lambda rate: lambda count: rate  # noqa: E731
+    radius = lambda updates: so.geometry.norm(x + updates["conv"]["kernel"], so.per_filter())  # noqa: E731
 
     def move(decay, grads):
         setting = optimizers.Setting(0.1, decay, 0.9, 0.99)
-        state = optimizers.make_optimizer(name, setting, constant).init(params)
-        step = jax.jit(
-            lambda s: optimizers.make_optimizer(name, s, constant).update(grads, state, params)[0]
-        )
-        return step(setting)
+        state = make(setting).init(params)
+        updates, state = jax.jit(lambda s: make(s).update(grads, state, params))(setting)
+        return updates, training.layer_metrics(state)["conv"]["kernel"]
+
+    def make(setting):
+        tx = optimizers.make_optimizer(name, setting, constant)
+        return optimizers.record(name, tx, setting)
+
+    def check_layers(metrics, updates):
+        after = radius(updates)
+        angle = so.geometry.angle(x, x + updates["conv"]["kernel"], so.per_filter())
+        np.testing.assert_allclose(metrics[:2], [after.mean(), angle.mean()], rtol=1e-4)
+        if name == "rotational_adamw":
+            assert np.isnan(metrics[2])
+        elif name == "sgd":
+            radial = x.sum((0, 1, 2)) / before  # of a gradient of ones, which moves forward too
+            expected = np.mean(0.1 / before**2 / (1 - 0.1 * radial / before))
+            np.testing.assert_allclose(metrics[2], expected, rtol=1e-4)
+        else:
+            assert metrics[2] > 0
 
     grads = jax.tree.map(jnp.ones_like, params)
-    little, much = move(1e-6, grads), move(0.5, grads)
-    radius = lambda updates: so.geometry.norm(  # noqa: E731
-        params["conv"]["kernel"] + updates["conv"]["kernel"], so.per_filter()
-    )
-    before = so.geometry.norm(params["conv"]["kernel"], so.per_filter())
+    little, metrics = move(1e-6, grads)
+    check_layers(metrics, little)
+    much, _ = move(0.5, grads)
     if name in ("adamg", "hyperball", "rotational_adamw"):
         expected = jnp.ones(4) if name == "adamg" else before
         np.testing.assert_allclose(radius(little), expected, rtol=1e-5)
         np.testing.assert_allclose(radius(much), expected, rtol=1e-5)
     else:
         assert not np.allclose(little["conv"]["kernel"], much["conv"]["kernel"], rtol=1e-3)
-    quiet = move(0.5, jax.tree.map(jnp.zeros_like, params))["linear"]["kernel"]
+    quiet, _ = move(0.5, jax.tree.map(jnp.zeros_like, params))
     decoupled = name in ("adamw", "rotational_adamw")
     shrink = 0.05 if decoupled or name.startswith("sgd") else 0.1  # Adam makes any L2 a step
-    np.testing.assert_allclose(quiet, -shrink * jnp.ones((4, 2)), rtol=1e-4)
+    np.testing.assert_allclose(quiet["linear"]["kernel"], -shrink * jnp.ones((4, 2)), rtol=1e-4)
 
 
 def test_accuracy_over_images_and_over_batches():
@@ -1077,7 +1093,7 @@ def result_of(optimizer, accuracy, validation, seed, decay=0.0, role="report", *
     }
     cell |= {"optimizer": optimizer, "weight_decay": decay, "seed": seed} | changed
     history = [
-        {"loss": 1.0, "layers": {"a": [1.0, 0.1]}, "accuracy": 0.5, "validation_accuracy": 0.5}
+        {"loss": 1.0, "layers": {"a": [1.0, 0.1, 0.2]}, "accuracy": 0.5, "validation_accuracy": 0.5}
     ]
     return {
         "cell": cell,

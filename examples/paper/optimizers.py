@@ -14,6 +14,8 @@ import spherical_optax as so
 from .models import GROUPS
 from .published import Optimizer
 
+EPSILON = 1e-8  # Optax's default, as PyTorch's
+
 Number: TypeAlias = Any  # a float, or a traced array
 
 
@@ -66,3 +68,15 @@ def make_optimizer(
             return optax.chain(l2_outside, so.hyperball(inner, rate, groups=GROUPS))
         case "rotational_adamw":
             return so.rotational_adamw(rate, b1, b2, groups=GROUPS, weight_decay=decay)
+
+
+def record(name: Optimizer, tx: optax.GradientTransformation, setting: Setting) -> Any:
+    """The optimizer, with radius, angle and effective learning rate of each step in its state.
+
+    There is no effective learning rate where another running mean sets the angle.
+    """
+    if name != "rotational_adamw":
+        adam = {"b1": setting.b1, "b2": setting.b2, "eps": EPSILON}
+        numbers = {} if name in ("sgd", "sgdmrt") else adam
+        tx = so.record_effective_learning_rate(tx, GROUPS, **numbers)
+    return optax.chain(tx, so.record_sphere(GROUPS))

@@ -114,7 +114,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Draws accuracy, and radius and angle per layer, of each optimizer's best setting."""
+    """Draws accuracy, and per layer radius, angle and effective learning rate, of the best setting
+    of each optimizer.
+    """
 
     out: pathlib.Path = OUT
     """Folder of the runs; gets a PNG file for each column of the table."""

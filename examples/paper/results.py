@@ -246,10 +246,11 @@ def plot_column(column: Column, path: pathlib.Path) -> None:
     layers = list(next(iter(column.entries.values())).runs[0]["history"][0]["layers"])
     layers = sorted(layers, key=in_order)
     chosen = [layers[0], layers[len(layers) // 2], layers[-1]]
-    figure = Figure(figsize=(11, 9.5), layout="constrained")
+    figure = Figure(figsize=(11, 12), layout="constrained")
     rows = 1 + len(LAYER_METRICS)
     axes = figure.subplots(rows, 3, sharex=True)
     labels = {"radius": "mean radius", "angle": "mean angle per step (rad)"}
+    labels["effective learning rate"] = "effective learning rate"
     for name, entry in column.entries.items():
         run = entry.runs[0]["cell"]
         setting = f"{TITLES[name]}, {run['learning_rate']:g}, {run['weight_decay']:g}"

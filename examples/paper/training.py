@@ -32,12 +32,12 @@ from . import published
 from .cells import Cell, Role
 from .data import Batch, Loading, evaluation_batches, normalization, split, training_batches
 from .errors import stop
-from .models import GROUPS, make_model
-from .optimizers import Schedule, Setting, make_optimizer
+from .models import make_model
+from .optimizers import Schedule, Setting, make_optimizer, record
 from .readers import ArrayImages, Dataset
 
 RESULT = "result.json"
-LAYER_METRICS = ("radius", "angle")
+LAYER_METRICS = ("radius", "angle", "effective learning rate")
 
 
 class Totals(NamedTuple):
@@ -78,14 +78,18 @@ def make_schedule(cell: Cell, steps: int) -> Schedule:
 
 
 def layer_metrics(state: Any) -> Any:
-    """Of each layer the mean radius after the step, and the mean angle of it."""
+    """Of each layer LAYER_METRICS of the last step, means over its filters; NaN: not known."""
     sphere = optax.tree.get(state, "sphere")
+    rates = optax.tree.get(state, "effective_learning_rate")
+    if rates is None:
+        rates = jax.tree.map(lambda rows: jnp.full_like(rows[0], jnp.nan), sphere)
 
-    def means(rows: jax.Array) -> jax.Array:
+    def means(rows: jax.Array, rate: jax.Array) -> jax.Array:
         metrics = so.SphereMetrics(*rows)
-        return jnp.stack([metrics.radius_after.mean(), metrics.step_angle.mean()])
+        values = metrics.radius_after, metrics.step_angle, rate
+        return jnp.stack([value.mean() for value in values])
 
-    return jax.tree.map(means, sphere)
+    return jax.tree.map(means, sphere, rates)
 
 
 class Program:
@@ -126,7 +130,7 @@ class Program:
 
         def optimizer(setting: Setting) -> optax.GradientTransformation:
             tx = make_optimizer(cell.optimizer, setting, schedule)
-            return optax.chain(tx, so.record_sphere(GROUPS))
+            return record(cell.optimizer, tx, setting)
 
         def no_totals(state: Any) -> Totals:
             layers = jax.tree.map(jnp.zeros_like, layer_metrics(state))
@@ -140,8 +144,9 @@ class Program:
             _, *parts = nnx.split(model(seed), nnx.Param, nnx.BatchStat)
             return jax.tree.map(np.asarray, tuple(parts))
 
-        def start(params: Any, stats: Any, setting: Setting) -> Carry:
-            state = optimizer(setting).init(params)
+        def start(params: Any, stats: Any) -> Carry:
+            # State does not depend on the numbers, and checks at init want known ones.
+            state = optimizer(Setting(1e-3, 1e-3, 0.9, 0.99)).init(params)
             return Carry(params, stats, state, no_totals(state))
 
         def step(carry: Carry, batch: Any, setting: Setting) -> Carry:
@@ -235,7 +240,7 @@ def train(
         counts = (program.evaluate(params, stats, program.place(batch)) for batch in found)
         return accuracy(counts, cell.protocol)
 
-    carry = program.start(*program.weights(cell.seed), cell.setting)
+    carry = program.start(*program.weights(cell.seed))
     best = program.copy((carry.params, carry.stats))
     at = Progress(0, batches.get_state(), [], 0, -1.0)
     checkpoints = (folder / "checkpoints").absolute()
