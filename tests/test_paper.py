@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import scipy.io
 import tyro
-from conftest import QUICK
+from conftest import CACHED, QUICK
 from flax import nnx
 from PIL import Image
 
@@ -978,12 +978,12 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def start(*commands, devices=1):
+def start(*commands, devices=1, cache=CACHED):
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     arguments = json.dumps([[str(each) for each in command] for command in commands])
     return subprocess.Popen(
         [sys.executable, "-c", SHORT, arguments],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -1006,14 +1006,15 @@ def only_result(folder):
 def test_killed_and_resumed_it_ends_with_the_same_bits(short, mnist, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["run", *TINY, "--data", mnist, "--optimizer", "adamsrt", "--seeds", "3"]
-    arguments += ["--augmentation", "crop_flip", "--epochs", "20", "--checkpoint-steps", "2"]
+    arguments += ["--augmentation", "crop_flip", "--epochs", "12", "--checkpoint-steps", "2"]
     arguments += ["--learning-rate", "1e-5"]
     program.main(parse(*arguments, "--out", whole))
     out = capsys.readouterr().out
     assert re.search(r"seed 3: test accuracy \d+\.\d\d % of epoch \d", out)
     expected = only_result(whole)
 
-    process = start([*arguments, "--out", killed])
+    # Without the cache, of which it might leave half a file.
+    process = start([*arguments, "--out", killed], cache={})
     try:
         checkpoint = wait_for(killed, process, 3 * expected["best_epoch"] + 1)
     finally:
@@ -1021,13 +1022,13 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(short, mnist, tmp_path, c
         process.communicate()
     assert process.returncode == -signal.SIGKILL
     # The epoch that is selected is before the checkpoint: its weights are in it.
-    assert 3 * expected["best_epoch"] < checkpoint < 60
+    assert 3 * expected["best_epoch"] < checkpoint < 36
     assert not list(killed.glob("*/result.json"))
     finished(start([*arguments, "--out", killed]))
     found = only_result(killed)
     for name in ("sha256", "history", "test_accuracy", "best_epoch", "cell"):
         assert found[name] == expected[name], name
-    assert len(found["history"]) == 20
+    assert len(found["history"]) == 12
 
 
 def wait_for(folder, process, step):

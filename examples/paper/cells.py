@@ -163,7 +163,7 @@ def check(cells: list[Cell]) -> None:
             ("--batch-size", cell.batch_size, "at least 2", cell.batch_size >= 2),
             ("--test-batch-size", cell.test_batch_size, "at least 1", cell.test_batch_size >= 1),
             ("--validation", cell.validation, "a part in [0, 1)", 0 <= cell.validation < 1),
-            ("--train-images", cell.train_images, "at least a batch", wanted >= cell.batch_size),
+            ("--train-images", wanted, "at least a batch", wanted >= cell.batch_size),
             ("--test-images", cell.test_images, "at least 1", cell.test_images != 0),
             ("--width", cell.width, "at least 1", cell.width is None or cell.width >= 1),
             ("--b1", cell.b1, "a number in [0, 1)", 0 <= cell.b1 < 1),
