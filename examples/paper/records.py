@@ -13,7 +13,8 @@ from typing import Any
 
 from .errors import DataError
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+NUMBER, BYTES = 0, 2  # kinds of fields
+SIZES = {1: 8, 5: 4}  # of those of fixed size
 
 
 def open_files(files: list[pathlib.Path]) -> Any:
@@ -54,18 +55,16 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
     at = 0
     while at < len(data):
         key, at = varint(data, at)
-        match key & 7:
-            case 0:
-                value, at = varint(data, at)
-            case 1 | 2 | 5 as kind:
-                length, at = (
-                    varint(data, at) if kind == BYTES else (8 if kind == FIXED64 else 4, at)
-                )
-                value, at = data[at : at + length], at + length
-                if len(value) != length:
-                    raise ValueError("a field that is cut off")
-            case kind:
-                raise ValueError(f"a field of kind {kind}")
+        kind = key & 7
+        if kind == NUMBER:
+            value, at = varint(data, at)
+        elif kind in (*SIZES, BYTES):
+            length, at = (SIZES[kind], at) if kind in SIZES else varint(data, at)
+            value, at = data[at : at + length], at + length
+            if len(value) != length:
+                raise ValueError("a field that is cut off")
+        else:
+            raise ValueError(f"a field of kind {kind}")
         yield key >> 3, value
 
 
