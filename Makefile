@@ -1,21 +1,24 @@
-# `make demo` runs the main job, `make test` the checks and tests; both work from a
-# fresh clone and install what they need into .venv. `make test-oldest` runs the tests
-# in .venv-oldest, with the oldest versions that pyproject.toml admits; `make test-fuzz`
-# draws 1000 random examples for each law, which takes a quarter of an hour.
-# `make bench-compiled`, `make bench-sharded` and `make test-accelerators` look at the programs
-# for accelerators that are not there, in .venv-accelerators.
+# `make demo` runs the main job, `make test` the checks and tests; both work from a fresh clone
+# and install what they need into .venv. `make test-slow` runs examples and benchmarks as whole
+# programs; `make test-oldest` runs all tests in .venv-oldest, with the oldest versions that
+# pyproject.toml admits; `make test-fuzz` draws 1000 random examples for each law, which takes a
+# quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators` look
+# at the programs for accelerators that are not there, in .venv-accelerators.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded clean
+.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2

@@ -53,7 +53,7 @@ PRESETS = {
     "gpt2": (12, 896, 14, 2624, 1024),
 }
 
-# The best of 1e-3, 2e-3, 5e-3, ... on the default run's first 150 steps, seed 1.
+# From a few short runs: to compare optimizers, search for the rate of each.
 LEARNING_RATES: dict[Name, float] = {
     "adamh": 0.02,
     "muonh": 0.02,
@@ -83,7 +83,7 @@ class Config:
     accumulate: int = 1
     """Parts of a batch that are run one after another, for less memory."""
     learning_rate: float | None = None
-    """Peak of the matrices' learning rate. None: one that was searched for the default run."""
+    """Peak of the matrices' learning rate. None: one that trains the default model."""
     other_learning_rate: float = 5e-3
     """Peak of that of embedding, head and gains; unused by ngpt."""
     weight_decay: float = 0.1

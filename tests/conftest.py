@@ -39,9 +39,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+LONGEST = ("test_contract", "test_sharding", "test_detection", "test_paper", "test_fuzz")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, and with them their files: these are what a worker takes."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The longest files first: these are what a worker takes."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_report_header() -> str:
