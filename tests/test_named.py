@@ -116,3 +116,15 @@ def test_plain_momentum_is_that_of_a_chain(x64):
         )
     ]
     np.testing.assert_allclose(*(path[-1]["kernel"] for path in paths), rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [so.adamh, so.muonh])
+def test_stacked_layers_step_as_separate_ones(make, x64):
+    stacked = {"up": (3, 4, 6), "norm": (3, 4)}
+    apart = lambda tree: {f"{key}{i}": leaf[i] for key, leaf in tree.items() for i in range(3)}  # noqa: E731
+    params, grads = tree_of(stacked, 0), [tree_of(stacked, seed) for seed in range(1, 5)]
+    together = make(0.1, groups=so.groups_by_path({"up": so.RadialGroup((0,))}))
+    each = make(0.1, groups=so.groups_by_path({"up": so.per_layer()}))
+    end = run(each, apart(params), [apart(g) for g in grads])[-1]
+    for key, leaf in apart(run(together, params, grads)[-1]).items():
+        np.testing.assert_allclose(leaf, end[key], rtol=1e-12, err_msg=key)
