@@ -421,6 +421,8 @@ def plot(run: Run, layers: int, held_out: float, path: pathlib.Path) -> None:
             ax.plot(steps, values, color=color, label=name.strip("/"))
         ax.set_ylabel(label)
     angle.set_yscale("log")
+    low, high = radius.get_ylim()
+    radius.set_ylim(min(low, 0.95), max(high, 1.05))  # flat is to look flat
     for ax in (loss, angle, radius):
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)

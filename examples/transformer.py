@@ -94,8 +94,9 @@ class NormalizedBlock(nnx.Module):
 
     def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
         self.attention, self.mlp = Attention(size, rngs), MLP(size, rngs)
-        rates = jnp.full(size.width, 1 / size.layers)
-        self.attention_rate, self.mlp_rate = nnx.Param(rates), nnx.Param(rates)
+        # An array each: of one array that both share, a step would donate the buffer twice.
+        rates = [nnx.Param(jnp.full(size.width, 1 / size.layers)) for _ in range(2)]
+        self.attention_rate, self.mlp_rate = rates
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for branch, rate in ((self.attention, self.attention_rate), (self.mlp, self.mlp_rate)):
