@@ -63,7 +63,7 @@ def test_the_scan_allows():
     assert not list(unsafe_loads(safe))
 
 
-# A restricted unpickler, which calls nothing that a file names, and the hostile files it is tested on.
+# A restricted unpickler, which calls nothing that a file names, and its tests with hostile files.
 UNPICKLING = ("examples/paper/unpickle.py", "tests/test_paper.py")
 
 
