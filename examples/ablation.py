@@ -21,14 +21,14 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import tqdm
 import tyro
+from classify import Score, Task, make_run
 from digits import RULES, Dataset, Network, check_options, load
 from flax import nnx
 from outputs import check_out
@@ -70,18 +70,6 @@ class Setting(NamedTuple):
     weight_decay: float
 
 
-class Score(NamedTuple):
-    accuracy: float
-    loss: float  # cross-entropy in nats
-
-
-Variables: TypeAlias = tuple[Any, Any, Any]  # parameters, batch statistics, optimizer's state
-Run: TypeAlias = Callable[..., Score]  # of a setting, a seed, and whether to test
-Step: TypeAlias = Callable[[Variables, np.ndarray, np.ndarray, Setting], Variables]
-
-GRAPH = nnx.graphdef(Network(nnx.Rngs(0)))
-
-
 def make_optimizer(
     direction: optax.GradientTransformation, setting: Setting, steps: int
 ) -> optax.GradientTransformation:
@@ -94,63 +82,6 @@ def make_optimizer(
     )
 
 
-def make_step(direction: optax.GradientTransformation, steps: int) -> Step:
-    """One step of training, compiled once for all settings."""
-
-    # Not a scan over the steps: XLA's convolutions on CPU are much slower in a loop.
-    @jax.jit
-    def step(
-        variables: Variables, images: jax.Array, labels: jax.Array, setting: Setting
-    ) -> Variables:
-        params, stats, state = variables
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(GRAPH, params, stats, copy=True)
-            logits = model(images)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, nnx.state(model, nnx.BatchStat)
-
-        grads, stats = jax.grad(loss_fn, has_aux=True)(params)
-        tx = make_optimizer(direction, setting, steps)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), stats, state
-
-    return step
-
-
-@jax.jit
-def evaluate(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Score:
-    model = nnx.merge(GRAPH, params, stats, copy=True)
-    model.eval()  # BatchNorm's running statistics
-    logits = model(images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return Score((logits.argmax(axis=-1) == labels).mean(), losses.mean())
-
-
-def make_run(
-    direction: optax.GradientTransformation, config: Config, data: tuple[Dataset, Dataset]
-) -> Run:
-    """Training in one direction, from the same weights and on the same batches per seed."""
-    (images, labels), test_set = data
-    steps = config.epochs * (config.images // BATCH_SIZE)
-    step = make_step(direction, steps)
-
-    def run(setting: Setting, seed: int, *, test: bool) -> Score:
-        rng = np.random.default_rng(seed)
-        chosen, left_out = np.split(rng.permutation(len(images)), [config.images])
-        _, params, stats = nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
-        variables = (params, stats, make_optimizer(direction, setting, steps).init(params))
-        for _ in range(config.epochs):
-            order = rng.permutation(chosen)[: len(chosen) // BATCH_SIZE * BATCH_SIZE]
-            for batch in order.reshape(-1, BATCH_SIZE):
-                variables = step(variables, images[batch], labels[batch], setting)
-        held_out = test_set if test else (images[left_out], labels[left_out])
-        accuracy, loss = evaluate(*variables[:2], *held_out)
-        return Score(float(accuracy), float(loss))
-
-    return run
-
-
 class Outcome(NamedTuple):
     setting: Setting  # the best one
     search: dict[Setting, float]  # mean loss on images left out
@@ -159,7 +90,10 @@ class Outcome(NamedTuple):
 
 def measure(name: str, config: Config, data: tuple[Dataset, Dataset]) -> Outcome:
     """Searches the grid, and tests the best setting with other seeds."""
-    run = make_run(DIRECTIONS[name], config, data)
+    task = Task(
+        lambda seed: Network(nnx.Rngs(seed)), *data, config.images, BATCH_SIZE, config.epochs
+    )
+    run = make_run(task, lambda setting: make_optimizer(DIRECTIONS[name], setting, task.steps))
     grid = [Setting(*x) for x in itertools.product(config.learning_rates, config.weight_decays)]
     search_seeds = range(config.seeds, 2 * config.seeds)
     search = {

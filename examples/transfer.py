@@ -31,6 +31,7 @@ from digits import check_options
 from language import Name, make_optimizer, make_schedule, mean_loss, update
 from matplotlib.figure import Figure
 from outputs import check_out
+from runs import Runs
 from text import Windows, batches, encode, read
 from transformer import Size, initialise
 
@@ -110,53 +111,47 @@ def make_run(name: Name, size: Size, config: Config) -> Callable[..., float]:
     return run
 
 
-class Runs:
-    """All runs so far, kept in a file; others are made when they are asked for."""
+class Trials:
+    """Held-out losses, huge where training diverged; those that `runs` lacks are trained for."""
 
-    def __init__(self, config: Config, path: pathlib.Path, progress: tqdm.tqdm) -> None:
-        self.config, self.path, self.progress = config, path, progress
+    def __init__(self, config: Config, runs: Runs, progress: tqdm.tqdm) -> None:
+        self.config, self.runs, self.progress = config, runs, progress
         self.text = encode(read(config.text), "byte")
-        self.losses: dict[tuple[Key, int], float] = {}
-        self.compiled: dict[tuple[str, int], Callable[..., float]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                *key, seed, loss = json.loads(line)
-                self.losses[tuple(key), seed] = loss
+        self.compiled = functools.cache(self.compile)
 
     def __call__(self, key: Key) -> list[float]:
-        """The held-out losses of a setting, infinite where training diverged."""
         return [self.one(key, seed) for seed in range(self.config.seeds)]
 
     def one(self, key: Key, seed: int) -> float:
-        if (key, seed) not in self.losses:
-            name, width, warmup, decay, power = key
-            self.progress.set_description(f"{name}, width {width}, warm-up {warmup}, 2^{power}")
-            if (name, width) not in self.compiled:
-                c = self.config
-                size = Size(c.layers, width, max(1, width // 32), 3 * width, c.context, 256)
-                self.compiled[name, width] = make_run(name, size, c)
-            loss = self.compiled[name, width](self.text, seed, 2.0**power, warmup, decay)
-            loss = loss if math.isfinite(loss) else 1e9
-            self.losses[key, seed] = loss
-            with self.path.open("a") as file:
-                file.write(json.dumps([*key, seed, loss]) + "\n")
-            self.progress.update()
-        return self.losses[key, seed]
+        return self.runs((*key, seed), functools.partial(self.train, *key, seed))
+
+    def train(
+        self, name: Name, width: int, warmup: int, decay: float, power: int, seed: int
+    ) -> float:
+        self.progress.set_description(f"{name}, width {width}, warm-up {warmup}, 2^{power}")
+        loss = self.compiled(name, width)(self.text, seed, 2.0**power, warmup, decay)
+        self.progress.update()
+        return loss if math.isfinite(loss) else 1e9
+
+    def compile(self, name: Name, width: int) -> Callable[..., float]:
+        c = self.config
+        size = Size(c.layers, width, max(1, width // 32), 3 * width, c.context, 256)
+        return make_run(name, size, c)
 
 
-def search(runs: Runs, name: str, width: int, warmup: int, decay: float, start: int) -> Losses:
+def search(trials: Trials, name: str, width: int, warmup: int, decay: float, start: int) -> Losses:
     """Powers of 2 from the start on, until the best mean loss has one on either side."""
     found: Losses = {}
     best = start
     # With one seed to where the best is about, then with all of them.
-    for measured in (lambda key: [runs.one(key, 0)], runs):
+    for measured in (lambda key: [trials.one(key, 0)], trials):
         while True:
             means = []
             for power in (best - 1, best, best + 1):
                 key = (name, width, warmup, decay, power)
                 losses = measured(key)
                 means.append(statistics.mean(losses))
-                if measured is runs:
+                if measured is trials:
                     found[key] = losses
             if means[1] <= min(means) or abs(best - start) > 12:
                 break
@@ -178,7 +173,7 @@ def best_power(losses: Losses, seed: int | None = None) -> float:
     return power + (below - above) / (2 * curvature) if curvature > 0 else float(power)
 
 
-def measure(config: Config, runs: Runs) -> list[dict[str, Any]]:
+def measure(config: Config, trials: Trials) -> list[dict[str, Any]]:
     """A row for each optimizer and warm-up."""
     rows = []
     for name in config.optimizer:
@@ -186,7 +181,7 @@ def measure(config: Config, runs: Runs) -> list[dict[str, Any]]:
         if name == "adamw":
             width = config.width[min(1, len(config.width) - 1)]
             tried = {
-                each: search(runs, name, width, config.warmup[-1], each, start)
+                each: search(trials, name, width, config.warmup[-1], each, start)
                 for each in config.weight_decay
             }
             least = {
@@ -197,14 +192,14 @@ def measure(config: Config, runs: Runs) -> list[dict[str, Any]]:
         for warmup in config.warmup:
             curves, at = {}, start
             for width in config.width:
-                curves[width] = search(runs, name, width, warmup, decay, at)
+                curves[width] = search(trials, name, width, warmup, decay, at)
                 at = round(best_power(curves[width]))
-            rows.append(summarize(config, runs, name, warmup, decay, curves))
+            rows.append(summarize(config, trials, name, warmup, decay, curves))
     return rows
 
 
 def summarize(
-    config: Config, runs: Runs, name: str, warmup: int, decay: float, curves: dict[int, Losses]
+    config: Config, trials: Trials, name: str, warmup: int, decay: float, curves: dict[int, Losses]
 ) -> dict[str, Any]:
     seeds, widest = range(config.seeds), config.width[-1]
     best = {width: [2 ** best_power(curves[width], seed) for seed in seeds] for width in curves}
@@ -220,7 +215,7 @@ def summarize(
         min(means[width], key=means[width].__getitem__) for width in (config.width[0], widest)
     )
     at_own, at_transferred = (
-        runs((name, widest, warmup, decay, power)) for power in (own, transferred)
+        trials((name, widest, warmup, decay, power)) for power in (own, transferred)
     )
     return {
         "optimizer": name,
@@ -301,19 +296,10 @@ def main(config: Config) -> None:
     )
     check_out(config.out, "runs.jsonl", "results.json", "curves.png")
     settings = dataclasses.asdict(config) | {"text": str(config.text), "out": None}
-    kept = config.out / "settings.json"
     fixed = ("layers", "steps", "batch", "context", "other_learning_rate", "text")
-    if kept.exists():
-        before = json.loads(kept.read_text())
-        for name in fixed:
-            if before[name] != settings[name]:
-                raise SystemExit(
-                    f"transfer.py: --{name.replace('_', '-')}: expected {before[name]}, as of the "
-                    f"runs in {config.out}, found {settings[name]}; take another --out."
-                )
-    kept.write_text(json.dumps(settings) + "\n")
+    runs = Runs(config.out, **{name: settings[name] for name in fixed})
     with tqdm.tqdm(unit="run") as progress:
-        rows = measure(config, Runs(config, config.out / "runs.jsonl", progress))
+        rows = measure(config, Trials(config, runs, progress))
     print_table(rows, widths)
     report = settings | {"device": jax.devices()[0].device_kind, "rows": rows}
     (config.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -160,10 +160,12 @@ def test_two_processes_are_equal_to_one(tmp_path):
 
 WRITTEN = {  # what each program writes to --out
     "examples/ablation.py": ["results.json"],
+    "examples/decay_removed.py": ["runs.jsonl", "results.json", "curves.png"],
     "examples/digits.py": ["results.json", "curves.png"],
     "examples/distributed.py": ["1.npz", "2.npz"],
     "examples/effective_learning_rate.py": ["results.json", "curves.png"],
     "examples/language.py": ["results.json", "curves.png"],
+    "examples/scale_law.py": ["runs.jsonl", "results.json", "curves.png"],
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
     "examples/transfer.py": ["runs.jsonl", "results.json", "curves.png"],
     **{

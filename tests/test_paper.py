@@ -122,12 +122,12 @@ def write_cifar_python(path, classes, dump):
     return written, train, test
 
 
-def write_cifar_binary(path, classes):
+def write_cifar_binary(path, classes, n=3):
     train, test = cifar_names(classes)
     written = {}
     for name in (*train, test):
-        images, labels = pixels(3, 32, 32, 3), RNG.integers(0, classes, 3)
-        coarse = [] if classes == 10 else [np.full((3, 1), 7)]
+        images, labels = pixels(n, 32, 32, 3), RNG.integers(0, classes, n)
+        coarse = [] if classes == 10 else [np.full((n, 1), 7)]
         rows = np.hstack([*coarse, labels[:, None], cifar_rows(images)]).astype(np.uint8)
         (path / f"{name}.bin").write_bytes(rows.tobytes())
         written[name] = images, labels.tolist()
@@ -675,6 +675,78 @@ def test_bfloat16_is_of_activations_only():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
 
 
+# ResNet18 once more, in NumPy from its description: PyTorch's padding, strides and pooling.
+
+
+def numpy_conv(x, kernel, stride=1):
+    size, side = kernel.shape[0], x.shape[1]
+    pad, out = (size - 1) // 2, (side - 1) // stride + 1
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    last = stride * (out - 1) + 1
+    return sum(
+        x[:, i : i + last : stride, j : j + last : stride] @ kernel[i, j]
+        for i in range(size)
+        for j in range(size)
+    )
+
+
+def numpy_max_pool(x):
+    side = x.shape[1]
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    parts = [x[:, i : i + side : 2, j : j + side : 2] for i in range(3) for j in range(3)]
+    return np.max(parts, axis=0)
+
+
+def numpy_resnet18(weights, x, large, *, train):
+    """Weights by path: of kernels, and scale, bias, mean and var of BatchNorm."""
+
+    def norm(x, name):
+        scale, bias, mean, var = (
+            weights[f"{name}/{part}"] for part in ("scale", "bias", "mean", "var")
+        )
+        if train:
+            mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return scale * (x - mean) / np.sqrt(var + 1e-5) + bias
+
+    def layer(x, conv, stride=1):
+        kernel = weights[f"{conv}/kernel"]
+        return norm(numpy_conv(x, kernel, stride), conv.replace("conv", "norm"))
+
+    x = np.maximum(layer(x, "stem_conv", 2 if large else 1), 0)
+    if large:
+        x = numpy_max_pool(x)
+    for i in range(8):
+        stride = 2 if i in (2, 4, 6) else 1
+        name = f"blocks/{i}"
+        y = layer(np.maximum(layer(x, f"{name}/conv1", stride), 0), f"{name}/conv2")
+        x = np.maximum(y + (layer(x, f"{name}/shortcut_conv", stride) if stride == 2 else x), 0)
+    return x.mean((1, 2)) @ weights["linear/kernel"] + weights["linear/bias"]
+
+
+@pytest.mark.parametrize(("large", "side"), [(False, 32), (False, 27), (True, 96)])
+def test_resnet18_has_the_published_forward_function(large, side, x64):
+    rng = np.random.default_rng(0)
+    model = models.make_model("resnet18", 0, width=6, large=large, dtype=jnp.float64)
+    graph, state = nnx.split(model)
+    weights, changed = {}, []
+    for path, leaf in nnx.to_flat_state(state):
+        shape = leaf.shape
+        draw = rng.uniform(0.5, 2, shape) if path[-1] == "var" else rng.normal(size=shape)
+        name = "/".join(map(str, path))
+        weights[name] = draw * np.prod(shape[:-1]) ** -0.5 if len(shape) > 1 else draw
+        changed.append((path, leaf.replace(jnp.asarray(weights[name]))))
+    state = nnx.from_flat_state(changed)
+    x = rng.normal(size=(3, side, side, 3))
+    for train in (True, False):
+        model = nnx.merge(graph, state, copy=True)
+        model.train() if train else model.eval()
+        found = nnx.jit(lambda model, x: model(x))(model, x)
+        assert found.dtype == jnp.float64
+        expected = numpy_resnet18(weights, x, large, train=train)
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
 # Published values.
 
 
@@ -964,25 +1036,28 @@ def test_accuracy_over_images_and_over_batches():
     assert np.isclose(training.accuracy(iter(counts), "sound"), 9 / 15)
 
 
-# The program with the short network, as the tests here have it; several commands in one process.
-SHORT = """
+# Several commands in one process, and the short network, as the tests here have it.
+COMMANDS = """
 import json, sys
-from examples.paper import __main__ as program, models, options
+from examples.paper import __main__ as program, options
 import tyro
+for arguments in json.loads(sys.argv[1]):
+    program.main(tyro.cli(options.Command, args=arguments))
+"""
+SHORT = """
+from examples.paper import models
 build = models.ResNet
 def short(layers, channels, classes, width, _, **more):
     return build(layers, channels, classes, width, (1,), **more)
 models.ResNet = short
-for arguments in json.loads(sys.argv[1]):
-    program.main(tyro.cli(options.Command, args=arguments))
 """
 
 
-def start(*commands, devices=1, cache=CACHED):
+def start(*commands, devices=1, cache=CACHED, whole=False):
     flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
     arguments = json.dumps([[str(each) for each in command] for command in commands])
     return subprocess.Popen(
-        [sys.executable, "-c", SHORT, arguments],
+        [sys.executable, "-c", ("" if whole else SHORT) + COMMANDS, arguments],
         env=os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -1042,21 +1117,32 @@ def wait_for(folder, process, step):
 
 
 @pytest.mark.slow
-def test_two_devices_train_as_one(short, mnist, tmp_path):
-    arguments = ["run", *TINY, "--data", mnist, "--optimizer", "sgd", "--seeds", "0"]
-    arguments += ["--epochs", "1", "--batch-size", "4"]
-    program.main(parse(*arguments, "--out", tmp_path / "one"))
-    norms = ("global", "device")
-    commands = [[*arguments, "--batch-norm", norm, "--out", tmp_path / norm] for norm in norms]
-    odd = [*arguments, "--batch-size", "15", "--out", tmp_path / "odd"]
-    process = start(*commands, odd, devices=2)
+def test_eight_devices_train_as_one(tmp_path):
+    """An epoch of each network as it is, but narrow, on files like CIFAR's."""
+    write_cifar_binary(tmp_path, 10, 8)
+    tiny = ["--width", "2", "--epochs", "1", "--batch-size", "16", "--test-batch-size", "8"]
+    tiny += ["--validation", "0.2", "--protocol", "sound", "--optimizer", "adamsrt", "--seeds", "0"]
+
+    def arguments(model, out, *more):
+        return ["run", "--data", tmp_path, "--model", model, *tiny, "--out", tmp_path / out, *more]
+
+    networks = ("resnet18", "resnet20", "vgg16")
+    commands = [arguments(model, f"eight-{model}") for model in networks]
+    commands.append(arguments("resnet20", "parts", "--batch-norm", "device"))
+    odd = arguments("resnet20", "odd", "--batch-size", "12")
+    process = start(*commands, odd, devices=8, whole=True)
+    for model in networks:
+        program.main(parse(*arguments(model, f"one-{model}")))
     _, errors = process.communicate()
-    assert "--batch-size: expected a multiple of 2, the devices, found 15" in errors
-    found = {name: only_result(tmp_path / name) for name in ("one", *norms)}
-    assert [each["devices"][:2] for each in found.values()] == ["1 ", "2 ", "2 "]
-    one, both, parts = (each["history"][0]["loss"] for each in found.values())
-    np.testing.assert_allclose(both, one, rtol=1e-4)
-    assert abs(parts - one) > 1e-3 * one
+    assert "--batch-size: expected a multiple of 8, the devices, found 12" in errors
+    for model in networks:
+        one, eight = (only_result(tmp_path / f"{name}-{model}") for name in ("one", "eight"))
+        assert (one["devices"][:2], eight["devices"][:2]) == ("1 ", "8 ")
+        losses = [each["history"][0]["loss"] for each in (one, eight)]
+        np.testing.assert_allclose(*losses, rtol=2e-5, err_msg=model)
+        if model == "resnet20":
+            parts = only_result(tmp_path / "parts")["history"][0]["loss"]
+            assert abs(parts - losses[0]) > 1e-3 * losses[0]
 
 
 def test_a_damaged_image_stops_training_with_one_line(short, tmp_path):

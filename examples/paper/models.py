@@ -25,10 +25,14 @@ EPSILON = 1e-5
 MOMENTUM = 0.9  # of the running statistics: PyTorch's 0.1 counts the other way
 
 
+def at_least_float32(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 class BatchNorm(nnx.Module):
     """BatchNorm over the whole batch, or over each of `parts` equal parts of it.
 
-    Statistics are float32 in any case. The running variance is the unbiased one, as in PyTorch,
+    Statistics are float32 at least. The running variance is the unbiased one, as in PyTorch,
     and that of several parts is their mean.
     """
 
@@ -44,7 +48,7 @@ class BatchNorm(nnx.Module):
             mean, var = self.mean[...], self.var[...]
             return self._normalize(x, mean, var)
         split = x.reshape(self.parts, -1, *x.shape[1:])
-        wide = split.astype(jnp.float32)
+        wide = split.astype(at_least_float32(self.dtype))
         mean = wide.mean(axis=(1, 2, 3), keepdims=True)
         square = jnp.square(wide).mean(axis=(1, 2, 3), keepdims=True)
         var = jnp.maximum(square - jnp.square(mean), 0)
@@ -59,7 +63,7 @@ class BatchNorm(nnx.Module):
         factor = self.scale[...] * jax.lax.rsqrt(var + EPSILON)
         # One product and one sum per entry, in float32 before the cast.
         shift = self.bias[...] - mean * factor
-        return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+        return (x.astype(at_least_float32(self.dtype)) * factor + shift).astype(self.dtype)
 
 
 class Layers:
@@ -146,7 +150,7 @@ class ResNet(nnx.Module):
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
-        return self.linear(x.astype(jnp.float32).mean(axis=(1, 2)))
+        return self.linear(x.astype(at_least_float32(x.dtype)).mean(axis=(1, 2)))
 
 
 class VGG(nnx.Module):
@@ -174,7 +178,7 @@ class VGG(nnx.Module):
                 x = nnx.relu(self.norm[layer](self.conv[layer](x)))
                 layer += 1
             x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-        return self.linear(x.astype(jnp.float32).mean(axis=(1, 2)))
+        return self.linear(x.astype(at_least_float32(x.dtype)).mean(axis=(1, 2)))
 
 
 def make_model(

@@ -1,0 +1,303 @@
+"""Learning rate and decay, or one angle: how many settings must be tried for a good one?
+
+Under AdamW, learning rate and decay set together by which angle a normalized filter turns per
+step, and the decay has to be found as well. On a sphere of fixed radius the angle is the only
+number. The filters of a network are trained by AdamW over a grid of learning rates and decays, by
+Hyperball and by its rotational variant over as many angles as AdamW has learning rates; all other
+parameters follow the same Adam. What is reported is the expected held-out loss of the best of k
+settings drawn from the grid: chosen by some seeds, measured on others.
+
+What would count was written down before the first run: Hyperball needs fewer settings than AdamW
+if its loss at k = 4 is below AdamW's at k = 16, with the whole 95 % interval of the difference
+below 0; AdamW is better if it is above 0; else nothing is shown. The same for rotational.
+
+The digits have the network of digits.py, trained on few images as in ablation.py. With --images
+it is the ResNet20 of width 4 of examples/paper, on a data set that this reads. Runs are kept in
+`runs.jsonl`: stopped and started again, it goes on after the last. It prints a table and writes
+`results.json` and `curves.png`.
+
+    python examples/decay_removed.py                          # half an hour on two cores
+    python examples/decay_removed.py --images /usr/share/datasets/fashion-mnist
+    python examples/decay_removed.py --help
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import pathlib
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+import scipy.stats
+import tqdm
+import tyro
+from classify import Task, finite_loss, make_run
+from digits import RULES, STYLES, Dataset, Network, check_options, load
+from flax import nnx
+from matplotlib.figure import Figure
+from outputs import check_out
+from paper.errors import DataError
+from paper.models import GROUPS, make_model
+from paper.readers import read
+from runs import Runs
+
+import spherical_optax as so
+
+Name: TypeAlias = Literal["adamw", "hyperball", "rotational"]
+NAMES: tuple[Name, ...] = ("adamw", "hyperball", "rotational")
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # AdamW's learning rates, and the angles
+DECAYS = (0.0, 0.01, 0.1, 1.0, 10.0)
+OTHER_LEARNING_RATE = 0.01  # of all that is no filter
+DRAWS = 20  # the most settings that are tried
+FEW, MANY = 4, 16  # settings of the sphere's optimizers, and of AdamW, that are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compares AdamW's learning rate and decay with one angle."""
+
+    images: pathlib.Path | None = None
+    """Folder of a data set with images of 10 classes, as examples/paper reads it. None: digits."""
+    seeds: int | None = None
+    """Runs of each setting that are reported, with the seeds 0, 1, ...; None: 20, 2 with images."""
+    search_seeds: int | None = None
+    """Runs of each setting that choose the best, with the next seeds; None: the same."""
+    epochs: int = 0
+    """Passes over the training images of a run, 320 digits or 3000 images. 0: 20 or 2."""
+    out: pathlib.Path = pathlib.Path("out/decay_removed")
+    """Directory for runs.jsonl, results.json and curves.png."""
+
+
+class Setting(NamedTuple):
+    rate: float  # AdamW's learning rate, or the angle per step in radians
+    decay: float  # of AdamW
+
+
+def settings_of(name: Name) -> list[Setting]:
+    decays = DECAYS if name == "adamw" else (0.0,)
+    return [Setting(*each) for each in itertools.product(RATES, decays)]
+
+
+def make_optimizer(
+    name: Name, setting: Setting, steps: int, groups: so.Groups
+) -> optax.GradientTransformation:
+    """For the filters; all else follows Adam. Learning rates and angles fall along a cosine."""
+    rate = optax.cosine_decay_schedule(setting.rate, steps)
+    match name:
+        case "adamw":
+            filters = optax.adamw(rate, weight_decay=setting.decay)
+        case "hyperball":
+            filters = so.hyperball(optax.scale_by_adam(), rate, groups=groups)
+        case "rotational":
+            filters = so.rotational(optax.scale_by_adam(), 0.0, rate, groups=groups)
+    rest = optax.adam(optax.cosine_decay_schedule(OTHER_LEARNING_RATE, steps))
+    return optax.partition(
+        {"filters": filters, "rest": rest},
+        lambda tree: jax.tree.map(lambda x: "filters" if x.ndim == 4 else "rest", tree),
+    )
+
+
+def digits_task(epochs: int) -> Task:
+    return Task(lambda seed: Network(nnx.Rngs(seed)), *load(), 320, 32, epochs or 20)
+
+
+def images_task(folder: pathlib.Path, epochs: int) -> Task:
+    """On 3000 images, tested on 2000 of the test set; 2000 of those left out choose."""
+    try:
+        found = read(folder)
+        if found.classes != 10 or found.train[0][0].shape[0] > 32:
+            raise DataError(f"{folder}: expected small images of 10 classes")
+    except DataError as error:
+        raise SystemExit(f"decay_removed.py: --images: {error}") from error
+
+    def first(images: Any, number: int) -> Dataset:
+        chosen = [images[i] for i in range(min(number, len(images)))]
+        pixels, labels = (np.stack(each) for each in zip(*chosen, strict=True))
+        return (pixels.astype(np.float32) / 255 - 0.3) / 0.3, labels.astype(np.int32)
+
+    train, test = first(found.train, 5000), first(found.test, 2000)
+    channels = train[0].shape[-1]
+
+    def network(seed: int) -> nnx.Module:
+        return make_model("resnet20", seed, channels=channels, width=4)
+
+    return Task(network, train, test, 3000, 64, epochs or 2)
+
+
+def expected_best(search: np.ndarray, report: np.ndarray, draws: int = DRAWS) -> np.ndarray:
+    """Expected reported loss of the setting that the search finds best of k drawn, k = 1..draws.
+
+    With the n settings in order of their search loss, the best of k drawn with replacement is
+    the i-th with probability ((n - i + 1) / n)^k - ((n - i) / n)^k.
+
+    Args:
+      search: Mean loss of each setting (n,) over the seeds that choose.
+      report: That over other seeds (n,).
+      draws: The largest k.
+
+    Returns:
+      The expected losses (draws,).
+    """
+    n = len(search)
+    ordered = report[np.argsort(search, kind="stable")]
+    beyond = np.arange(n, -1, -1) / n  # probability that one draw is none of the first i
+    chances = -np.diff(beyond ** np.arange(1, draws + 1)[:, None], axis=1)
+    return chances @ ordered
+
+
+def summarize(search: dict[Name, np.ndarray], report: dict[Name, np.ndarray]) -> dict[str, Any]:
+    """Curves and differences with 95 % intervals, by a bootstrap over the seeds.
+
+    Args:
+      search: For each optimizer the losses (settings, search seeds).
+      report: Those of the reported seeds (settings, seeds).
+
+    Returns:
+      Of each optimizer `loss`, `low` and `high` by k, and for those on spheres `difference`:
+      that of their loss at k = FEW to AdamW's at k = MANY, and its interval.
+    """
+    spheres = [name for name in search if name != "adamw"]
+
+    def statistic(chosen: np.ndarray, reported: np.ndarray) -> np.ndarray:
+        curves = {
+            name: expected_best(search[name][:, chosen].mean(1), report[name][:, reported].mean(1))
+            for name in search
+        }
+        differences = [curves[name][FEW - 1] - curves["adamw"][MANY - 1] for name in spheres]
+        return np.concatenate([*curves.values(), differences])
+
+    seeds = [np.arange(each["adamw"].shape[1]) for each in (search, report)]
+    interval = scipy.stats.bootstrap(
+        seeds, statistic, vectorized=False, method="percentile", n_resamples=2000, rng=0
+    ).confidence_interval
+    ends = [*range(DRAWS, DRAWS * len(search) + 1, DRAWS)]
+    values, lows, highs = (
+        np.split(each, ends) for each in (statistic(*seeds), interval.low, interval.high)
+    )
+    summary: dict[str, Any] = {
+        name: {"loss": value.tolist(), "low": low.tolist(), "high": high.tolist()}
+        for name, value, low, high in zip(search, values, lows, highs, strict=False)
+    }
+    for name, value, low, high in zip(spheres, values[-1], lows[-1], highs[-1], strict=True):
+        summary[name]["difference"] = [float(value), float(low), float(high)]
+    return summary
+
+
+def verdict(difference: list[float]) -> str:
+    _, low, high = difference
+    return "fewer settings" if high < 0 else "AdamW is better" if low > 0 else "nothing shown"
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    print(f"\n{'settings tried':<16}" + "".join(f"{name:>26}" for name in summary))
+    for k in (1, 2, FEW, 8, MANY, DRAWS):
+        cells = (
+            f"{row['loss'][k - 1]:.4f} ({row['low'][k - 1]:.4f}, {row['high'][k - 1]:.4f})"
+            for row in summary.values()
+        )
+        print(f"{k:<16}" + "".join(f"{cell:>26}" for cell in cells))
+    print("Expected held-out loss in nats (95 % interval, bootstrap over the seeds).")
+    for name, row in summary.items():
+        if "difference" in row:
+            value, low, high = row["difference"]
+            print(
+                f"{name} at {FEW} less adamw at {MANY}: {value:+.4f} ({low:+.4f}, {high:+.4f}): "
+                f"{verdict(row['difference'])}."
+            )
+
+
+def plot(summary: dict[str, Any], report: dict[Name, np.ndarray], path: pathlib.Path) -> None:
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draws = np.arange(1, DRAWS + 1)
+    colors = {"adamw": STYLES["adamw"][0], "hyperball": STYLES["hyperball"][0]}
+    for name, row in summary.items():
+        color = colors.get(name, STYLES["rotational_adamw"][0])
+        left.plot(draws, row["loss"], color=color, label=name)
+        left.fill_between(draws, row["low"], row["high"], color=color, alpha=0.15, lw=0)
+        means = report[name].mean(1).reshape(len(RATES), -1).T
+        decays = DECAYS if name == "adamw" else ("",)
+        for i, (decay, losses) in enumerate(zip(decays, means, strict=True)):
+            label = f"{name}, decay {decay:g}" if name == "adamw" else name
+            style = ("-", "--", "-.", ":", (0, (1, 5)))[i]
+            right.plot(RATES, losses, marker="o", ms=3, ls=style, color=color, label=label)
+    left.set_xlabel("settings tried")
+    left.set_ylabel("expected held-out loss of the best (nats)")
+    left.set_xticks((1, 4, 8, 12, 16, 20))
+    right.set_xlabel("learning rate, or angle (rad)")
+    right.set_ylabel("held-out loss (nats)")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis("{x:g}")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def main(config: Config) -> None:
+    seeds = config.seeds if config.seeds is not None else 20 if config.images is None else 2
+    search_seeds = config.search_seeds if config.search_seeds is not None else seeds
+    check_options(
+        ("--seeds", config.seeds, "at least 2", seeds >= 2),
+        ("--search-seeds", config.search_seeds, "at least 2", search_seeds >= 2),
+        ("--epochs", config.epochs, "at least 0", config.epochs >= 0),
+    )
+    check_out(config.out, "runs.jsonl", "results.json", "curves.png")
+    images, groups = config.images, RULES if config.images is None else GROUPS
+    task = digits_task(config.epochs) if images is None else images_task(images, config.epochs)
+    runs = Runs(config.out, images=images and str(images), epochs=task.epochs, seeds=seeds)
+    search: dict[Name, np.ndarray] = {}
+    report: dict[Name, np.ndarray] = {}
+    total = (seeds + search_seeds) * sum(len(settings_of(name)) for name in NAMES)
+    with tqdm.tqdm(total=total, unit="run") as progress:
+        for name in NAMES:
+            optimizer = functools.partial(make_optimizer, name, steps=task.steps, groups=groups)
+            run = make_run(task, optimizer)
+
+            def losses(name: Name, setting: Setting, seed: int, run: Any = run) -> float:
+                progress.set_description(f"{name} {setting.rate:g} {setting.decay:g}")
+                progress.update()
+
+                def train() -> float:
+                    return finite_loss(run(setting, seed, test=seed < seeds).loss)
+
+                return runs((name, *setting, seed), train)
+
+            found = np.array(
+                [
+                    [losses(name, setting, seed) for seed in range(seeds + search_seeds)]
+                    for setting in settings_of(name)
+                ]
+            )
+            report[name], search[name] = np.split(found, [seeds], axis=1)
+    summary = summarize(search, report)
+    print_table(summary)
+    content = {
+        "device": jax.devices()[0].device_kind,
+        "images": images and str(images),
+        "epochs": task.epochs,
+        "seeds": seeds,
+        "search_seeds": search_seeds,
+        "log 10": math.log(10),
+        "rates": RATES,
+        "decays": DECAYS,
+        "optimizers": summary,
+        "losses": {
+            name: {"search": search[name].tolist(), "report": report[name].tolist()}
+            for name in NAMES
+        },
+    }
+    (config.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    plot(summary, report, config.out / "curves.png")
+    print(f"Wrote results.json and curves.png to {config.out}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,345 @@
+"""How does the learning rate that an optimizer needs depend on the length of the weights?
+
+A normalized layer does not see the length of its weights, the optimizer does: at r times the
+length, the gradient is r times smaller, and so is the angle of a step of a given length. To turn
+by the same angles SGD needs r^2 times the learning rate, an optimizer with a second moment r
+times, and one whose step is relative to the radius the same.
+
+A perceptron with BatchNorm is trained on the digits with the initial weights of its normalized
+layers multiplied by 2^-2 to 2^6, without decay, each time at nine learning rates, 4 times as
+large each, and at more where the range of good ones reaches their end. All other parameters
+follow the same Adam. The learning rate that is needed is the lower edge of those whose held-out
+loss is within 10 % of the best, and its power of the scale is fitted over the scales. Ten seeds
+are trained at once. Runs are kept in `runs.jsonl`: stopped and started again, it goes on after
+the last. It prints a table and writes `results.json` and `curves.png`.
+
+    python examples/scale_law.py                              # ten minutes on two cores
+    python examples/scale_law.py --optimizer sgd adamsrt --seeds 5
+    python examples/scale_law.py --help
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.stats
+import tqdm
+import tyro
+from classify import finite_loss
+from digits import Dataset, check_options, load
+from flax import nnx
+from matplotlib.figure import Figure
+from outputs import check_out
+from runs import Runs
+
+import spherical_optax as so
+
+Name: TypeAlias = Literal["sgd", "sgdmrt", "adam", "adams", "adamsrt", "hyperball", "rotational"]
+
+THEORY: dict[Name, int] = {
+    "sgd": 2,
+    "sgdmrt": 2,
+    "adam": 1,
+    "adams": 1,
+    "adamsrt": 1,
+    "hyperball": 0,
+    "rotational": 0,
+}
+SCALES = tuple(range(-2, 7))  # powers of 2
+STEP = 2  # powers of 2 from one learning rate to the next
+RATES = 9
+# The middle of the nine, a power of 2; at every scale the same.
+MIDDLE: dict[Name, int] = {"sgd": 0, "sgdmrt": 0} | dict.fromkeys(
+    ("adam", "adams", "adamsrt", "hyperball", "rotational"), -6
+)
+TOLERANCE = 0.1
+OTHER_LEARNING_RATE = 0.01
+BATCH_SIZE = 64
+GROUPS = so.groups_by_path({r"hidden\d/kernel": so.per_filter()})
+
+Losses: TypeAlias = dict[int, np.ndarray]  # by the learning rate's power of 2, of each seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fits the power of the initial scale with which the needed learning rate grows."""
+
+    optimizer: tuple[Name, ...] = tuple(THEORY)
+    """Of the normalized layers."""
+    epochs: int = 20
+    """Passes over the 1347 digits."""
+    seeds: int = 10
+    """Runs of each setting, with the seeds 0, 1, ..."""
+    out: pathlib.Path = pathlib.Path("out/scale_law")
+    """Directory for runs.jsonl, results.json and curves.png."""
+
+
+class Network(nnx.Module):
+    """Two hidden layers, each with BatchNorm and ReLU, and a linear layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        norm = functools.partial(nnx.BatchNorm, momentum=0.9, rngs=rngs)
+        self.hidden1, self.norm1 = linear(64, 32), norm(32)
+        self.hidden2, self.norm2 = linear(32, 32), norm(32)
+        self.linear = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nnx.relu(self.norm1(self.hidden1(x)))
+        return self.linear(nnx.relu(self.norm2(self.hidden2(x))))
+
+
+def labels(tree: Any) -> Any:
+    return jax.tree.map_with_path(
+        lambda path, _: "hidden" if "hidden" in jax.tree_util.keystr(path) else "rest", tree
+    )
+
+
+def make_optimizer(name: Name, rate: Any, steps: int) -> optax.GradientTransformation:
+    """For the hidden layers; all else follows Adam. Learning rates fall along a cosine."""
+    schedule = optax.cosine_decay_schedule(rate, steps)
+    adam = optax.scale_by_adam()
+    hidden = {
+        "sgd": lambda: optax.sgd(schedule, momentum=0.9),
+        "sgdmrt": lambda: so.sgdmrt(schedule, 0.9, groups=GROUPS),
+        "adam": lambda: optax.adam(schedule),
+        "adams": lambda: so.adams(schedule, groups=GROUPS),
+        "adamsrt": lambda: so.adamsrt(schedule, groups=GROUPS),
+        "hyperball": lambda: so.hyperball(adam, schedule, groups=GROUPS),
+        "rotational": lambda: so.rotational(adam, 0.0, schedule, groups=GROUPS),
+    }[name]()
+    rest = optax.adam(optax.cosine_decay_schedule(OTHER_LEARNING_RATE, steps))
+    return optax.partition({"hidden": hidden, "rest": rest}, labels)
+
+
+def make_run(
+    name: Name, config: Config, data: tuple[Dataset, Dataset]
+) -> Callable[[int, int], list[float]]:
+    """Training at a scale and a learning rate, of all seeds at once; compiled once."""
+    (images, digits), (test_images, test_digits) = (
+        (jnp.asarray(x.reshape(len(x), -1)), jnp.asarray(y)) for x, y in data
+    )
+    graph = nnx.graphdef(Network(nnx.Rngs(0)))
+    epoch_steps = len(images) // BATCH_SIZE
+    steps = config.epochs * epoch_steps
+
+    def forward(params: Any, stats: Any, x: jax.Array, y: jax.Array, train: bool) -> Any:
+        model = nnx.merge(graph, params, stats, copy=True)
+        if not train:
+            model.eval()  # BatchNorm's running statistics
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
+        return losses.mean(), nnx.state(model, nnx.BatchStat)
+
+    def one(params: Any, stats: Any, order: jax.Array, scale: Any, rate: Any) -> jax.Array:
+        params = jax.tree.map(
+            lambda x, label: x * scale if label == "hidden" else x, params, labels(params)
+        )
+        tx = make_optimizer(name, rate, steps)
+
+        def step(carry: Any, batch: jax.Array) -> Any:
+            params, stats, state = carry
+            grads, stats = jax.grad(forward, has_aux=True)(
+                params, stats, images[batch], digits[batch], True
+            )
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), stats, state), None
+
+        (params, stats, _), _ = jax.lax.scan(step, (params, stats, tx.init(params)), order)
+        return forward(params, stats, test_images, test_digits, False)[0]
+
+    def start(seed: int) -> Any:
+        _, params, stats = nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
+        rng = np.random.default_rng(seed)
+        orders = [rng.permutation(len(images)) for _ in range(config.epochs)]
+        order = np.concatenate([each[: epoch_steps * BATCH_SIZE] for each in orders])
+        return params, stats, order.reshape(steps, BATCH_SIZE)
+
+    starts = [start(seed) for seed in range(config.seeds)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    train = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None)))
+
+    def run(scale: int, rate: int) -> list[float]:
+        found = train(*stacked, 2.0**scale, 2.0**rate)
+        return [finite_loss(loss) for loss in np.asarray(found).tolist()]
+
+    return run
+
+
+def lower_edge(losses: dict[int, float]) -> float:
+    """Where the loss first is within TOLERANCE of the best, as a power of 2.
+
+    Between two learning rates it is found on the straight line of the logarithms.
+
+    Args:
+      losses: Mean loss by the learning rate's power of 2.
+
+    Returns:
+      The power of 2; that of the least learning rate if its loss is within the tolerance.
+    """
+    powers = sorted(losses)
+    limit = math.log((1 + TOLERANCE) * min(losses.values()))
+    values = [math.log(losses[power]) for power in powers]
+    first = next(i for i, value in enumerate(values) if value <= limit)
+    if first == 0:
+        return float(powers[0])
+    part = (values[first - 1] - limit) / (values[first - 1] - values[first])
+    return powers[first - 1] + part * (powers[first] - powers[first - 1])
+
+
+def search(losses: Callable[[int], np.ndarray], middle: int) -> Losses:
+    """Nine learning rates around the middle, and more until edge and best are not at the end."""
+    half = RATES // 2 * STEP
+    found = {power: losses(power) for power in range(middle - half, middle + half + 1, STEP)}
+    while True:
+        means = {power: float(each.mean()) for power, each in found.items()}
+        best = min(means, key=means.__getitem__)
+        if lower_edge(means) == min(means):
+            power = min(means) - STEP
+        elif best == max(means):
+            power = max(means) + STEP
+        else:
+            return dict(sorted(found.items()))
+        if abs(power - middle) > 40:
+            raise SystemExit(f"scale_law.py: the learning rate 2^{power} is not enough")
+        found[power] = losses(power)
+
+
+def fit(curves: dict[int, Losses]) -> dict[str, Any]:
+    """The power of the scale, its 95 % interval by a bootstrap over seeds, and the edges.
+
+    Args:
+      curves: By the scale's power of 2, the losses.
+
+    Returns:
+      `power`, `low`, `high`, and `edges`, the powers of 2 of the lower edges by scale.
+    """
+    scales = np.array(list(curves))
+
+    def edges(seeds: np.ndarray) -> np.ndarray:
+        means = (
+            {rate: float(each[seeds].mean()) for rate, each in curve.items()}
+            for curve in curves.values()
+        )
+        return np.array([lower_edge(each) for each in means])
+
+    def power(seeds: np.ndarray) -> float:
+        return float(scipy.stats.linregress(scales, edges(seeds)).slope)
+
+    seeds = np.arange(len(next(iter(curves[int(scales[0])].values()))))
+    interval = scipy.stats.bootstrap(
+        (seeds,), power, vectorized=False, method="percentile", n_resamples=1000, rng=0
+    ).confidence_interval
+    return {
+        "power": power(seeds),
+        "low": float(interval.low),
+        "high": float(interval.high),
+        "edges": edges(seeds).tolist(),
+    }
+
+
+def print_table(rows: dict[Name, dict[str, Any]]) -> None:
+    print(f"\n{'optimizer':<11} {'theory':>6} {'power of the scale':>22}   needed at 1   best loss")
+    for name, row in rows.items():
+        power = f"{row['power']:.2f} ({row['low']:.2f}, {row['high']:.2f})"
+        at_one = 2 ** row["edges"][SCALES.index(0)]
+        best = f"{min(row['best']):.3f} to {max(row['best']):.3f}"
+        print(f"{name:<11} {THEORY[name]:>6} {power:>22} {at_one:>13.2g}   {best}")
+    print("Least squares over the scales (95 % interval, bootstrap over the seeds). Needed: the")
+    print(
+        "least learning rate, or angle, within 10 % of the best loss. Best loss: over the scales."
+    )
+
+
+def plot(
+    rows: dict[Name, dict[str, Any]], found: dict[Name, dict[int, Losses]], path: pathlib.Path
+) -> None:
+    columns = 4
+    lines = math.ceil((len(rows) + 1) / columns)
+    figure = Figure(figsize=(12, 2.9 * lines + 0.3), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    shades = [str(0.8 * (1 - i / (len(SCALES) - 1))) for i in range(len(SCALES))]
+    for ax, (name, curves) in zip(axes, found.items(), strict=False):
+        for shade, (scale, curve) in zip(shades, curves.items(), strict=True):
+            rates = [2.0**power for power in curve]
+            means = [losses.mean() for losses in curve.values()]
+            ax.plot(rates, means, color=shade, lw=1.2, label=f"$2^{{{scale}}}$")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_title(f"{name}: theory {THEORY[name]}, found {rows[name]['power']:.2f}", fontsize=9)
+        ax.set_xlabel("learning rate" if name != "rotational" else "angle (rad)")
+    axes[0].set_ylabel("held-out loss (nats)")
+    axes[0].legend(title="scale", fontsize=6, title_fontsize=7, ncols=2)
+    last = axes[len(rows)]
+    colors = ("#009E73", "#CC79A7", "#0072B2", "#E69F00", "#D55E00", "#117733", "#332288")
+    for color, marker, (name, row) in zip(colors, "osv^D<>", rows.items(), strict=False):
+        relative = np.array(row["edges"]) - row["edges"][SCALES.index(0)]
+        last.plot(SCALES, relative, marker=marker, ms=4, ls="none", color=color, label=name)
+    for power in sorted({THEORY[name] for name in rows}):
+        last.plot(SCALES, power * np.array(SCALES), ":", color="gray", lw=1)
+    last.set_xlabel("scale (power of 2)")
+    last.set_ylabel("needed rate over that at 1 (power of 2)")
+    last.legend(fontsize=7)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    for ax in list(figure.axes)[len(rows) + 1 :]:
+        ax.remove()
+    figure.savefig(path, dpi=100)
+
+
+def main(config: Config) -> None:
+    check_options(
+        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
+        ("--epochs", config.epochs, "at least 1", config.epochs >= 1),
+        ("--seeds", config.seeds, "at least 2", config.seeds >= 2),
+    )
+    check_out(config.out, "runs.jsonl", "results.json", "curves.png")
+    data = load()
+    runs = Runs(config.out, epochs=config.epochs, seeds=config.seeds)
+    rows: dict[Name, dict[str, Any]] = {}
+    found: dict[Name, dict[int, Losses]] = {}
+    with tqdm.tqdm(unit="setting") as progress:
+        for name in dict.fromkeys(config.optimizer):
+            run = make_run(name, config, data)
+
+            def losses(power: int, scale: int, name: Name = name, run: Any = run) -> np.ndarray:
+                progress.set_description(f"{name}, scale 2^{scale}, 2^{power}")
+                progress.update()
+                return np.array(runs((name, scale, power), lambda: run(scale, power)))
+
+            curves = {
+                scale: search(functools.partial(losses, scale=scale), MIDDLE[name])
+                for scale in SCALES
+            }
+            best = [min(each.mean() for each in curve.values()) for curve in curves.values()]
+            found[name], rows[name] = curves, fit(curves) | {"best": best}
+    print_table(rows)
+    report = dataclasses.asdict(config) | {
+        "out": None,
+        "device": jax.devices()[0].device_kind,
+        "scales": SCALES,
+        "optimizers": {
+            name: row
+            | {
+                "losses": {
+                    scale: {rate: each.tolist() for rate, each in curve.items()}
+                    for scale, curve in found[name].items()
+                }
+            }
+            for name, row in rows.items()
+        },
+    }
+    (config.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    plot(rows, found, config.out / "curves.png")
+    print(f"Wrote results.json and curves.png to {config.out}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
