@@ -68,7 +68,7 @@ class Config:
     search_seeds: int | None = None
     """Runs of each setting that choose the best, with the next seeds; None: the same."""
     epochs: int = 0
-    """Passes over the training images of a run, 320 digits or 3000 images. 0: 20 or 2."""
+    """Passes over the training images of a run, 320 digits or 2000 images. 0: 20 or 2."""
     out: pathlib.Path = pathlib.Path("out/decay_removed")
     """Directory for runs.jsonl, results.json and curves.png."""
 
@@ -107,7 +107,7 @@ def digits_task(epochs: int) -> Task:
 
 
 def images_task(folder: pathlib.Path, epochs: int) -> Task:
-    """On 3000 images, tested on 2000 of the test set; 2000 of those left out choose."""
+    """On 2000 images, tested on 1000 of the test set; 1000 of those left out choose."""
     try:
         found = read(folder)
         if found.classes != 10 or found.train[0][0].shape[0] > 32:
@@ -120,13 +120,13 @@ def images_task(folder: pathlib.Path, epochs: int) -> Task:
         pixels, labels = (np.stack(each) for each in zip(*chosen, strict=True))
         return (pixels.astype(np.float32) / 255 - 0.3) / 0.3, labels.astype(np.int32)
 
-    train, test = first(found.train, 5000), first(found.test, 2000)
+    train, test = first(found.train, 3000), first(found.test, 1000)
     channels = train[0].shape[-1]
 
     def network(seed: int) -> nnx.Module:
         return make_model("resnet20", seed, channels=channels, width=4)
 
-    return Task(network, train, test, 3000, 64, epochs or 2)
+    return Task(network, train, test, 2000, 32, epochs or 2)
 
 
 def expected_best(search: np.ndarray, report: np.ndarray, draws: int = DRAWS) -> np.ndarray:

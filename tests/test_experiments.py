@@ -145,7 +145,7 @@ def test_decay_removed_on_digits(short, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_decay_removed_on_images(short, tmp_path):
-    write_mnist(tmp_path / "data", 3200, 40)
+    write_mnist(tmp_path / "data", 2200, 40)
     report = run(short, tmp_path, "--images", tmp_path / "data", "--epochs", 1)
     assert np.shape(report["losses"]["rotational"]["report"]) == (2, 2)
     assert np.min(report["losses"]["hyperball"]["report"]) < 2.2
