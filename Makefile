@@ -3,13 +3,14 @@
 # programs; `make test-oldest` runs all tests in .venv-oldest, with the oldest versions that
 # pyproject.toml admits; `make test-fuzz` draws 1000 random examples for each law, which takes a
 # quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators` look
-# at the programs for accelerators that are not there, in .venv-accelerators.
+# at the programs for accelerators that are not there, in .venv-accelerators. `make build` builds
+# what is released, in .venv-release, and checks it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded clean
+.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded build clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -51,14 +52,22 @@ bench-compiled: .venv-accelerators/installed
 bench-sharded: .venv-accelerators/installed
 	.venv-accelerators/bin/python benchmarks/sharded.py --out out/benchmarks
 
+# The wheel and the sdist in dist/: their contents, and the wheel in an environment of its own.
+build: .venv-release/installed
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/python -m twine check --strict dist/*
+	.venv-release/bin/python .ci/check_dist.py
+
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
 .venv-accelerators/installed: EXTRA := accelerators
-.venv/installed .venv-oldest/installed .venv-accelerators/installed: pyproject.toml
+.venv-release/installed: EXTRA := release
+.venv/installed .venv-oldest/installed .venv-accelerators/installed .venv-release/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install --quiet --editable ".[$(EXTRA)]" $(VERSIONS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-accelerators .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-accelerators .venv-release dist .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
