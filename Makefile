@@ -4,13 +4,13 @@
 # pyproject.toml admits; `make test-fuzz` draws 1000 random examples for each law, which takes a
 # quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators` look
 # at the programs for accelerators that are not there, in .venv-accelerators. `make build` builds
-# what is released, in .venv-release, and checks it.
+# what is released, in .venv-release, and checks it; `make docs` the documentation, in .venv-docs.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded build clean
+.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded build docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -59,15 +59,22 @@ build: .venv-release/installed
 	.venv-release/bin/python -m twine check --strict dist/*
 	.venv-release/bin/python .ci/check_dist.py
 
+# What is written is executed: the pages' programs by the tests, the tutorials in the build.
+docs: .venv-docs/installed
+	.venv-docs/bin/python -m pytest -n 2 tests/test_documents.py
+	PATH=$(CURDIR)/.venv-docs/bin:$$PATH JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
 .venv-accelerators/installed: EXTRA := accelerators
+.venv-docs/installed: EXTRA := docs
 .venv-release/installed: EXTRA := release
-.venv/installed .venv-oldest/installed .venv-accelerators/installed .venv-release/installed: pyproject.toml
+ENVIRONMENTS := .venv .venv-oldest .venv-accelerators .venv-docs .venv-release
+$(ENVIRONMENTS:=/installed): pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install --quiet --editable ".[$(EXTRA)]" $(VERSIONS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-accelerators .venv-release dist .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(ENVIRONMENTS) dist .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

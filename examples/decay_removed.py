@@ -233,8 +233,8 @@ def plot(summary: dict[str, Any], report: dict[Name, np.ndarray], path: pathlib.
     right.set_ylabel("held-out loss (nats)")
     right.set_xscale("log")
     right.set_yscale("log")
-    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)

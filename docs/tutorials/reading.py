@@ -1,0 +1,175 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Reading the sphere
+#
+# What do radius, angle and the gradient's cosine tell, under any optimizer? Four small runs: a
+# healthy one, a learning rate that is too large, one that is too small, and a mask that is wrong.
+# It takes half a minute on two cores.
+
+# %%
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import spherical_optax as so
+
+digits = load_digits()
+x, y = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target)
+WIDTH, STEPS, BATCH = 32, 600, 128
+
+
+def normalize(x):  # BatchNorm, in training mode
+    return (x - x.mean(0)) * jax.lax.rsqrt(x.var(0) + 1e-5)
+
+
+def forward(params, x):
+    x = jax.nn.relu(normalize(x @ params["hidden1"]) + params["bias1"])
+    x = jax.nn.relu(normalize(x @ params["hidden2"]) + params["bias2"])
+    return x @ params["head"]
+
+
+def start(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    draw = lambda key, a, b: jax.random.normal(key, (a, b)) / a**0.5
+    return {
+        "hidden1": draw(keys[0], 64, WIDTH),
+        "bias1": jnp.zeros(WIDTH),
+        "hidden2": draw(keys[1], WIDTH, WIDTH),
+        "bias2": jnp.zeros(WIDTH),
+        "head": draw(keys[2], WIDTH, 10),
+    }
+
+
+groups = so.groups_by_path({r"hidden\d": so.per_filter()})
+so.check_radial_groups(forward, start(), groups, x[:32])
+
+# %% [markdown]
+# ## Recorders
+#
+# `record_gradient` comes first in a chain and sees the gradient, `record_sphere` last and sees the
+# whole step. Neither changes an update. Both work around any optimizer, here plain AdamW.
+
+
+# %%
+def train(tx, groups=groups, seed=0):
+    tx = optax.chain(so.record_gradient(groups), tx, so.record_sphere(groups))
+
+    @jax.jit
+    def step(params, state, batch):
+        def loss_fn(params):
+            logits = forward(params, x[batch])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y[batch]).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params, rng, rows = start(seed), np.random.default_rng(seed), []
+    state = tx.init(params)
+    for _ in range(STEPS):
+        batch = rng.choice(len(x), BATCH, replace=False)
+        params, state, loss = step(params, state, batch)
+        rows.append(so.sphere_report(state, groups, params) | {"loss": float(loss)})
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+healthy = train(optax.adamw(3e-3, weight_decay=1.0))
+print(*healthy, sep="\n")
+
+# %% [markdown]
+# ## A healthy run, and the balance of decay and steps
+#
+# With decay, the angle per step goes to a value that only learning rate and decay know,
+# sqrt(2 lr wd (1 - b1) / (1 + b1)), whatever it was at first. It takes about 1 / (2 lr wd) steps.
+
+# %%
+lr, wd, b1 = 3e-3, 1.0, 0.9
+balance = (2 * lr * wd * (1 - b1) / (1 + b1)) ** 0.5
+name = "sphere/hidden2"
+
+
+def show(runs, keys, titles):
+    _, axes = plt.subplots(1, len(keys), figsize=(4.3 * len(keys), 3.8), layout="constrained")
+    for ax, key, title in zip(axes, keys, titles, strict=True):
+        for label, run in runs.items():
+            ax.plot(run[key], label=label, lw=1)
+        ax.set(xlabel="step", ylabel=title)
+        ax.grid(alpha=0.3)
+    axes[0].legend()
+    return axes
+
+
+KEYS = ("loss", f"{name}/radius_mean", f"{name}/angle_mean")
+TITLES = ("loss (nats)", "mean radius", "mean angle per step (rad)")
+runs = {
+    "lr 3e-3, initial length": healthy,
+    "lr 3e-3, no decay": train(optax.adamw(3e-3, weight_decay=0.0)),
+}
+axes = show(runs, KEYS, TITLES)
+axes[2].axhline(balance, color="gray", ls=":", label="balance")
+axes[2].set_yscale("log")
+axes[2].legend()
+plt.show()
+
+# %% [markdown]
+# Without decay the radius only grows, and the angle falls: the learning rate decays, without anyone
+# having scheduled it.
+#
+# ## Too large, too small
+#
+# An angle near 1 radian means that a weight forgets in a step what it was; one below 1e-4 for the
+# whole run means that a layer is where it started. Under Hyperball the angle *is* the learning
+# rate, so the same picture can be read beforehand.
+
+# %%
+runs = {f"angle {angle:g}": train(so.hyperball(optax.scale_by_adam(), angle, groups=groups,
+                                               other_learning_rate=3e-3))
+        for angle in (1e-4, 1e-2, 1.0)}  # fmt: skip
+axes = show(runs, KEYS, TITLES)
+axes[0].set_yscale("log")
+axes[2].set_yscale("log")
+plt.show()
+
+# %% [markdown]
+# ## A wrong mask
+#
+# The gradient of an invariant group is orthogonal to it: its cosine is zero but for rounding. The
+# head is no group: nothing normalizes what it gives. Put it into one, and the cosine says so from
+# the first step on.
+
+# %%
+wrong = so.groups_by_path({r"hidden\d|head": so.per_filter()})
+run = train(optax.adamw(3e-3), wrong)
+_, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+for leaf in ("hidden1", "hidden2", "head"):
+    ax.plot(run[f"sphere/{leaf}/gradient_cosine_max"], label=leaf)
+ax.set(xlabel="step", ylabel="largest |cosine| of gradient and weights", yscale="log")
+ax.grid(alpha=0.3)
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# `check_radial_groups` says the same before the first step, with the leaf's name:
+
+# %%
+try:
+    so.check_radial_groups(forward, start(), wrong, x[:32])
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# [Watch it](../watch.md) writes the same numbers into TensorBoard, and has the list of their names.
