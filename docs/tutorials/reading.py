@@ -103,7 +103,7 @@ name = "sphere/hidden2"
 
 
 def show(runs, keys, titles):
-    _, axes = plt.subplots(1, len(keys), figsize=(4.3 * len(keys), 3.8), layout="constrained")
+    _, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 3.2), layout="constrained")
     for ax, key, title in zip(axes, keys, titles, strict=True):
         for label, run in runs.items():
             ax.plot(run[key], label=label, lw=1)
@@ -116,7 +116,7 @@ def show(runs, keys, titles):
 KEYS = ("loss", f"{name}/radius_mean", f"{name}/angle_mean")
 TITLES = ("loss (nats)", "mean radius", "mean angle per step (rad)")
 runs = {
-    "lr 3e-3, initial length": healthy,
+    "lr 3e-3, decay 1": healthy,
     "lr 3e-3, no decay": train(optax.adamw(3e-3, weight_decay=0.0)),
 }
 axes = show(runs, KEYS, TITLES)

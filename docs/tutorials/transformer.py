@@ -146,7 +146,7 @@ for name, (losses, _) in runs.items():
 
 # %%
 matrices = [f"sphere/blocks/1/{name}/kernel" for name in ("q", "v", "up", "down")]
-_, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+_, axes = plt.subplots(1, 3, figsize=(9.6, 3.6), layout="constrained")
 for (name, (losses, reports)), style in zip(runs.items(), ("--", "-"), strict=True):
     axes[0].plot(np.convolve(losses, np.ones(10) / 10, "valid"), style, label=name)
     at = np.arange(10, STEPS + 1, 10)
