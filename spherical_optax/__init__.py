@@ -1,6 +1,7 @@
 """Optimizers on the sphere for radially invariant weights, as Optax transformations."""
 
 from spherical_optax import geometry
+from spherical_optax.checkpoints import state_differences
 from spherical_optax.detection import check_radial_groups, find_radial_groups
 from spherical_optax.diagnostics import (
     EffectiveStep,
@@ -134,6 +135,7 @@ __all__ = [
     "sphere_metrics",
     "sphere_report",
     "split_radial",
+    "state_differences",
     "state_sharding",
     "transport_moments",
     "transported_trace",

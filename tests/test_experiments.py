@@ -121,6 +121,7 @@ def short(load, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_decay_removed_on_digits(short, tmp_path, capsys):
     options = ["--seeds", 2, "--epochs", 3]
     report = run(short, tmp_path, *options)
@@ -203,6 +204,7 @@ def test_a_range_that_is_never_found_stops(load):
         scale_law.search(lambda rate: np.array([math.exp(-rate)]), 0)
 
 
+@pytest.mark.slow
 def test_scale_law_on_digits(load, tmp_path, monkeypatch, capsys):
     """SGD's power is 2 and Hyperball's 0 by the laws, already after few steps."""
     scale_law = load("scale_law")
