@@ -919,6 +919,7 @@ def short(monkeypatch):
     training.program_of.cache_clear()
 
 
+@pytest.mark.slow
 def test_sweep_shares_its_program_and_skips_what_is_finished(short, mnist, tmp_path, monkeypatch):
     steps, made = [], []
     kept = training.Program

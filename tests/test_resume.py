@@ -52,6 +52,7 @@ def arrays(directory):
         return dict(final)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert work(whole) == [f"{what} {n}" for n in range(STEPS) for what in ("step", "saving")]

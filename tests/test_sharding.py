@@ -29,6 +29,7 @@ FLAG = f"--xla_force_host_platform_device_count={DEVICES}"
 here = pytest.mark.skipif(jax.device_count() != DEVICES, reason="runs in the second session")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() == DEVICES, reason="is the second session")
 def test_in_a_session_with_eight_devices():
     command = [sys.executable, "-m", "pytest", "-q", str(pathlib.Path(__file__))]
