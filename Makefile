@@ -1,10 +1,11 @@
 # `make demo` runs the main job, `make test` the checks and tests; both work from a fresh clone
-# and install what they need into .venv. `make test-slow` runs what is slow: whole
-# programs, eight devices, kills; `make test-oldest` runs all tests in .venv-oldest, with the oldest versions that
-# pyproject.toml admits; `make test-fuzz` draws 1000 random examples for each law, which takes a
-# quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators` look
-# at the programs for accelerators that are not there, in .venv-accelerators. `make build` builds
-# what is released, in .venv-release, and checks it; `make docs` the documentation, in .venv-docs.
+# and install what they need into .venv. `make test-slow` runs whole programs, eight devices, and
+# kills and resumes; `make test-oldest` runs all tests in .venv-oldest, with the oldest versions
+# that pyproject.toml admits; `make test-fuzz` draws 1000 random examples for each law, which takes
+# a quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators`
+# look at the programs for accelerators that are not there, in .venv-accelerators. `make build`
+# builds what is released, in .venv-release, and checks it; `make docs` makes the documentation,
+# in .venv-docs.
 
 PYTHON ?= python3
 BIN := .venv/bin

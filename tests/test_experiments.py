@@ -145,7 +145,10 @@ def test_decay_removed_on_digits(short, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_decay_removed_on_images(short, tmp_path):
+def test_decay_removed_on_images(short, tmp_path, monkeypatch):
+    """With the network of the digits, which is faster than the ResNet."""
+    network = lambda name, seed, **_: short.Network(short.nnx.Rngs(seed))  # noqa: E731
+    monkeypatch.setattr(short, "make_model", network)
     write_mnist(tmp_path / "data", 2200, 40)
     report = run(short, tmp_path, "--images", tmp_path / "data", "--epochs", 1)
     assert np.shape(report["losses"]["rotational"]["report"]) == (2, 2)
