@@ -20,6 +20,7 @@ import spherical_optax as so
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
 from outputs import check_out as check_out
+from outputs import print_rows
 
 Row: TypeAlias = dict[str, Any]
 Make: TypeAlias = Callable[[so.Groups], optax.GradientTransformation]
@@ -153,13 +154,8 @@ def machine() -> Row:
 
 def print_table(title: str, rows: list[Row]) -> None:
     """Rows of strings and numbers, all with the same keys."""
-    cells = [[_text(value) for value in row.values()] for row in rows]
-    cells.insert(0, list(rows[0]))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
-    for first, *others in cells:
-        aligned = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        print("  ".join([first.ljust(widths[0]), *aligned]))
+    print_rows(list(rows[0]), *([_text(value) for value in row.values()] for row in rows))
 
 
 def _text(value: Any) -> str:

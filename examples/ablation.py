@@ -31,7 +31,7 @@ import tyro
 from classify import Score, Task, make_run
 from digits import RULES, Dataset, Network, check_options, load
 from flax import nnx
-from outputs import check_out
+from outputs import check_out, print_rows
 
 import spherical_optax as so
 
@@ -159,11 +159,8 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
         ]
         measured = cells(result["accuracy"], 100, 2) + cells(result["loss"], 1, 4)
         table.append([name, *setting, *measured])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()
-    for name, *values in table:
-        aligned = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
-        print(f"{name:<{widths[0]}}", *aligned, sep="  ")
+    print_rows(*table)
     print("On the test set: mean ± sample standard deviation over seeds. Differences to")
     print(f"{BASELINE} with the same seed: mean ± standard error.")
     if "*" in "".join(value for line in table for value in line):

@@ -39,7 +39,7 @@ from classify import Task, finite_loss, make_run
 from digits import RULES, STYLES, Dataset, Network, check_options, load
 from flax import nnx
 from matplotlib.figure import Figure
-from outputs import check_out
+from outputs import check_out, print_rows
 from paper.errors import DataError
 from paper.models import GROUPS, make_model
 from paper.readers import read
@@ -194,13 +194,15 @@ def verdict(difference: list[float]) -> str:
 
 
 def print_table(summary: dict[str, Any]) -> None:
-    print(f"\n{'settings tried':<16}" + "".join(f"{name:>26}" for name in summary))
+    table = [["settings tried", *summary]]
     for k in (1, 2, FEW, 8, MANY, DRAWS):
         cells = (
             f"{row['loss'][k - 1]:.4f} ({row['low'][k - 1]:.4f}, {row['high'][k - 1]:.4f})"
             for row in summary.values()
         )
-        print(f"{k:<16}" + "".join(f"{cell:>26}" for cell in cells))
+        table.append([f"{k}", *cells])
+    print()
+    print_rows(*table)
     print("Expected held-out loss in nats (95 % interval, bootstrap over the seeds).")
     for name, row in summary.items():
         if "difference" in row:

@@ -29,7 +29,7 @@ import tyro
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from outputs import check_out
+from outputs import check_out, print_rows
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -286,14 +286,14 @@ def summarize(learning_rate: float, runs: list[Curves], times: list[float]) -> d
 
 
 def print_table(results: dict[Name, dict[str, Any]]) -> None:
-    width = max(map(len, ["optimizer", *results]))
-    print(f"\n{'optimizer':<{width}}  learning rate  test accuracy (%)  step (ms)")
+    table = [["optimizer", "learning rate", "test accuracy (%)", "step (ms)"]]
     for name, row in results.items():
         std = row["test_accuracy_std"]
-        spread = "" if std is None else f"± {100 * std:.2f}"
-        accuracy = f"{100 * row['test_accuracy_mean']:.2f} {spread:<6}"
-        setting = f"{name:<{width}}  {row['learning_rate']:>13g}"
-        print(f"{setting}  {accuracy:>17}  {row['step_ms']:>9.2f}")
+        accuracy = f"{100 * row['test_accuracy_mean']:.2f}"
+        accuracy += "" if std is None else f" ± {100 * std:.2f}"
+        table.append([name, f"{row['learning_rate']:g}", accuracy, f"{row['step_ms']:.2f}"])
+    print()
+    print_rows(*table)
     print("Mean ± sample standard deviation over seeds; median step, without compilation.")
 
 

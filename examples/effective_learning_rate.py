@@ -32,7 +32,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from outputs import check_out
+from outputs import check_out, print_rows
 from PIL import Image
 
 import spherical_optax as so
@@ -229,16 +229,16 @@ def summarize(decay: float, records: list[Record], losses: np.ndarray, epochs: i
 
 
 def print_table(results: dict[Name, dict[str, Any]]) -> None:
-    print("\n                     last epoch, conv3: effective")
-    print("optimizer     decay  learning rate  radius  angle (rad)  largest deviation")
+    head = ["optimizer", "decay", "effective learning rate", "radius", "angle (rad)"]
+    table = [[*head, "largest deviation"]]
     for name, result in results.items():
         for run in result["runs"]:
             last = run["layers"]["conv3"]
-            print(
-                f"{name:<9}  {run['decay']:>8g}  {last['effective_learning_rate']:>13.3g}"
-                f"  {last['radius']:>6.3g}  {last['angle_rad']:>11.3g}"
-                f"  {run['largest_relative_deviation']:>17.1e}"
-            )
+            keys = ("effective_learning_rate", "radius", "angle_rad")
+            cells = [f"{run['decay']:g}", *(f"{last[key]:.3g}" for key in keys)]
+            table.append([name, *cells, f"{run['largest_relative_deviation']:.1e}"])
+    print("\nlast epoch, conv3")
+    print_rows(*table)
     print("Deviation of the predicted from the measured angle, relative, over steps and filters.")
 
 

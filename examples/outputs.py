@@ -1,8 +1,11 @@
-"""Looks at `--out` before the work starts, for every program here and in the benchmarks."""
+"""Looks at `--out` before the work starts, and prints tables: for every program here and in the
+benchmarks.
+"""
 
 import pathlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import NoReturn
 
 
@@ -31,3 +34,11 @@ def check_out(out: pathlib.Path, *names: str) -> None:
 def stop(path: pathlib.Path, expected: str, found: str) -> NoReturn:
     program = pathlib.Path(sys.argv[0]).name
     raise SystemExit(f"{program}: --out: {path}: expected {expected}, found {found}")
+
+
+def print_rows(*rows: Sequence[str]) -> None:
+    """A head and rows of as many cells: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        aligned = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *aligned]))

@@ -37,7 +37,7 @@ from classify import finite_loss
 from digits import Dataset, check_options, load
 from flax import nnx
 from matplotlib.figure import Figure
-from outputs import check_out
+from outputs import check_out, print_rows
 from runs import Runs
 
 import spherical_optax as so
@@ -246,12 +246,14 @@ def fit(curves: dict[int, Losses]) -> dict[str, Any]:
 
 
 def print_table(rows: dict[Name, dict[str, Any]]) -> None:
-    print(f"\n{'optimizer':<11} {'theory':>6} {'power of the scale':>22}   needed at 1   best loss")
+    table = [["optimizer", "theory", "power of the scale", "needed at 1", "best loss"]]
     for name, row in rows.items():
         power = f"{row['power']:.2f} ({row['low']:.2f}, {row['high']:.2f})"
-        at_one = 2 ** row["edges"][SCALES.index(0)]
+        at_one = f"{2 ** row['edges'][SCALES.index(0)]:.2g}"
         best = f"{min(row['best']):.3f} to {max(row['best']):.3f}"
-        print(f"{name:<11} {THEORY[name]:>6} {power:>22} {at_one:>13.2g}   {best}")
+        table.append([name, f"{THEORY[name]}", power, at_one, best])
+    print()
+    print_rows(*table)
     print("Least squares over the scales (95 % interval, bootstrap over the seeds). Needed: the")
     print(
         "least learning rate, or angle, within 10 % of the best loss. Best loss: over the scales."

@@ -30,7 +30,7 @@ import tyro
 from digits import check_options
 from language import Name, make_optimizer, make_schedule, mean_loss, update
 from matplotlib.figure import Figure
-from outputs import check_out
+from outputs import check_out, print_rows
 from runs import Runs
 from text import Windows, batches, encode, read
 from transformer import Size, initialise
@@ -251,9 +251,7 @@ def print_table(rows: list[dict[str, Any]], widths: tuple[int, ...]) -> None:
         cells = [row["optimizer"], str(row["warmup"]), *(f"{rate:.4f}" for rate in rates)]
         loss = spread(row["loss_at_own_rate"], 3)
         table.append([*cells, spread(row["drift"], 1), loss, spread(more, 3)])
-    lengths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.rjust(n) for cell, n in zip(line, lengths, strict=True)))
+    print_rows(*table)
     print("Mean over seeds (least to largest). Drift: the largest best rate over the smallest.")
 
 
