@@ -11,6 +11,8 @@ import optax
 from digits import Dataset
 from flax import nnx
 
+OTHER_LEARNING_RATE = 0.01  # of all that is not compared
+
 
 class Score(NamedTuple):
     accuracy: float
@@ -30,6 +32,30 @@ class Task(NamedTuple):
     @property
     def steps(self) -> int:
         return self.epochs * (self.images // self.batch_size)
+
+
+def forward(
+    graph: Any, params: Any, stats: Any, images: jax.Array, labels: jax.Array, *, train: bool
+) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    """The mean loss, and BatchNorm's new statistics and the accuracy; tested, the running ones."""
+    model = nnx.merge(graph, params, stats, copy=True)
+    if not train:
+        model.eval()
+    logits = model(images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    accuracy = (logits.argmax(axis=-1) == labels).mean()
+    return losses.mean(), (nnx.state(model, nnx.BatchStat), accuracy)
+
+
+def with_adam(
+    tx: optax.GradientTransformation, steps: int, chosen: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """The transformation for the leaves where `chosen` gives True, and for the others one Adam.
+
+    Its learning rate falls along a cosine, and is the same whatever is compared.
+    """
+    rest = optax.adam(optax.cosine_decay_schedule(OTHER_LEARNING_RATE, steps))
+    return optax.partition({True: tx, False: rest}, chosen)
 
 
 Run: TypeAlias = Callable[..., Score]  # of a setting, a seed, and whether to test
@@ -56,23 +82,15 @@ def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation
     @jax.jit
     def step(variables: Any, images: jax.Array, labels: jax.Array, setting: Any) -> Any:
         params, stats, state = variables
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graph, params, stats, copy=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
-            return losses.mean(), nnx.state(model, nnx.BatchStat)
-
-        grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+        loss_fn = functools.partial(forward, graph, train=True)
+        grads, (stats, _) = jax.grad(loss_fn, has_aux=True)(params, stats, images, labels)
         updates, state = optimizer(setting).update(grads, state, params)
         return optax.apply_updates(params, updates), stats, state
 
     @jax.jit
     def evaluate(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Score:
-        model = nnx.merge(graph, params, stats, copy=True)
-        model.eval()  # BatchNorm's running statistics
-        logits = model(images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return Score((logits.argmax(axis=-1) == labels).mean(), losses.mean())
+        loss, (_, accuracy) = forward(graph, params, stats, images, labels, train=False)
+        return Score(accuracy, loss)
 
     def run(setting: Any, seed: int, *, test: bool) -> Score:
         (images, labels), size = task.train, task.batch_size
@@ -91,6 +109,6 @@ def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation
     return run
 
 
-def finite_loss(loss: float, classes: int = 10) -> float:
-    """The loss, at most that of calling all classes equally likely, which stands for divergence."""
-    return min(loss, math.log(classes)) if math.isfinite(loss) else math.log(classes)
+def finite_loss(loss: float) -> float:
+    """The loss, at most that of calling ten classes equally likely, which stands for divergence."""
+    return min(loss, math.log(10)) if math.isfinite(loss) else math.log(10)

@@ -13,7 +13,7 @@ loss is within 10 % of the best, and its power of the scale is fitted over the s
 are trained at once. Runs are kept in `runs.jsonl`: stopped and started again, it goes on after
 the last. It prints a table and writes `results.json` and `curves.png`.
 
-    python examples/scale_law.py                              # ten minutes on two cores
+    python examples/scale_law.py                              # a quarter of an hour
     python examples/scale_law.py --optimizer sgd adamsrt --seeds 5
     python examples/scale_law.py --help
 """
@@ -33,7 +33,7 @@ import optax
 import scipy.stats
 import tqdm
 import tyro
-from classify import finite_loss
+from classify import finite_loss, forward, with_adam
 from digits import Dataset, check_options, load
 from flax import nnx
 from matplotlib.figure import Figure
@@ -61,7 +61,6 @@ MIDDLE: dict[Name, int] = {"sgd": 0, "sgdmrt": 0} | dict.fromkeys(
     ("adam", "adams", "adamsrt", "hyperball", "rotational"), -6
 )
 TOLERANCE = 0.1
-OTHER_LEARNING_RATE = 0.01
 BATCH_SIZE = 64
 GROUPS = so.groups_by_path({r"hidden\d/kernel": so.per_filter()})
 
@@ -97,10 +96,8 @@ class Network(nnx.Module):
         return self.linear(nnx.relu(self.norm2(self.hidden2(x))))
 
 
-def labels(tree: Any) -> Any:
-    return jax.tree.map_with_path(
-        lambda path, _: "hidden" if "hidden" in jax.tree_util.keystr(path) else "rest", tree
-    )
+def is_hidden(tree: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, _: "hidden" in jax.tree_util.keystr(path), tree)
 
 
 def make_optimizer(name: Name, rate: Any, steps: int) -> optax.GradientTransformation:
@@ -116,58 +113,53 @@ def make_optimizer(name: Name, rate: Any, steps: int) -> optax.GradientTransform
         "hyperball": lambda: so.hyperball(adam, schedule, groups=GROUPS),
         "rotational": lambda: so.rotational(adam, 0.0, schedule, groups=GROUPS),
     }[name]()
-    rest = optax.adam(optax.cosine_decay_schedule(OTHER_LEARNING_RATE, steps))
-    return optax.partition({"hidden": hidden, "rest": rest}, labels)
+    return with_adam(hidden, steps, is_hidden)
 
 
-def make_run(
-    name: Name, config: Config, data: tuple[Dataset, Dataset]
-) -> Callable[[int, int], list[float]]:
-    """Training at a scale and a learning rate, of all seeds at once; compiled once."""
-    (images, digits), (test_images, test_digits) = (
-        (jnp.asarray(x.reshape(len(x), -1)), jnp.asarray(y)) for x, y in data
-    )
-    graph = nnx.graphdef(Network(nnx.Rngs(0)))
-    epoch_steps = len(images) // BATCH_SIZE
-    steps = config.epochs * epoch_steps
-
-    def forward(params: Any, stats: Any, x: jax.Array, y: jax.Array, train: bool) -> Any:
-        model = nnx.merge(graph, params, stats, copy=True)
-        if not train:
-            model.eval()  # BatchNorm's running statistics
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
-        return losses.mean(), nnx.state(model, nnx.BatchStat)
-
-    def one(params: Any, stats: Any, order: jax.Array, scale: Any, rate: Any) -> jax.Array:
-        params = jax.tree.map(
-            lambda x, label: x * scale if label == "hidden" else x, params, labels(params)
-        )
-        tx = make_optimizer(name, rate, steps)
-
-        def step(carry: Any, batch: jax.Array) -> Any:
-            params, stats, state = carry
-            grads, stats = jax.grad(forward, has_aux=True)(
-                params, stats, images[batch], digits[batch], True
-            )
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), stats, state), None
-
-        (params, stats, _), _ = jax.lax.scan(step, (params, stats, tx.init(params)), order)
-        return forward(params, stats, test_images, test_digits, False)[0]
+def make_starts(config: Config, images: int) -> Any:
+    """Of each seed weights, statistics and batches (steps, BATCH_SIZE), stacked."""
 
     def start(seed: int) -> Any:
         _, params, stats = nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
         rng = np.random.default_rng(seed)
-        orders = [rng.permutation(len(images)) for _ in range(config.epochs)]
-        order = np.concatenate([each[: epoch_steps * BATCH_SIZE] for each in orders])
-        return params, stats, order.reshape(steps, BATCH_SIZE)
+        orders = [rng.permutation(images) for _ in range(config.epochs)]
+        whole = images // BATCH_SIZE * BATCH_SIZE
+        order = np.concatenate([each[:whole] for each in orders])
+        return params, stats, order.reshape(-1, BATCH_SIZE)
 
     starts = [start(seed) for seed in range(config.seeds)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+
+
+def make_run(
+    name: Name, data: tuple[Dataset, Dataset], starts: Any
+) -> Callable[[int, int], list[float]]:
+    """Training at a scale and a learning rate, of all seeds at once; compiled once."""
+    (images, digits), test_set = (
+        (jnp.asarray(x.reshape(len(x), -1)), jnp.asarray(y)) for x, y in data
+    )
+    loss_fn = functools.partial(forward, nnx.graphdef(Network(nnx.Rngs(0))))
+
+    def one(params: Any, stats: Any, order: jax.Array, scale: Any, rate: Any) -> jax.Array:
+        params = jax.tree.map(
+            lambda x, hidden: x * scale if hidden else x, params, is_hidden(params)
+        )
+        tx = make_optimizer(name, rate, len(order))
+
+        def step(carry: Any, batch: jax.Array) -> Any:
+            params, stats, state = carry
+            grad = jax.grad(functools.partial(loss_fn, train=True), has_aux=True)
+            grads, (stats, _) = grad(params, stats, images[batch], digits[batch])
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), stats, state), None
+
+        (params, stats, _), _ = jax.lax.scan(step, (params, stats, tx.init(params)), order)
+        return loss_fn(params, stats, *test_set, train=False)[0]
+
     train = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None)))
 
     def run(scale: int, rate: int) -> list[float]:
-        found = train(*stacked, 2.0**scale, 2.0**rate)
+        found = train(*starts, 2.0**scale, 2.0**rate)
         return [finite_loss(loss) for loss in np.asarray(found).tolist()]
 
     return run
@@ -208,8 +200,24 @@ def search(losses: Callable[[int], np.ndarray], middle: int) -> Losses:
         else:
             return dict(sorted(found.items()))
         if abs(power - middle) > 40:
-            raise SystemExit(f"scale_law.py: the learning rate 2^{power} is not enough")
+            raise SystemExit(
+                f"scale_law.py: the learning rate 2^{power} is not enough: expected the lower edge "
+                f"and the best within 2^40 of 2^{middle}, found the best at 2^{best}"
+            )
         found[power] = losses(power)
+
+
+def measure(
+    name: Name, run: Callable[[int, int], list[float]], runs: Runs, progress: tqdm.tqdm
+) -> dict[int, Losses]:
+    """By the scale's power of 2, the losses at the learning rates that were tried."""
+
+    def losses(scale: int, power: int) -> np.ndarray:
+        progress.set_description(f"{name}, scale 2^{scale}, 2^{power}")
+        progress.update()
+        return np.array(runs((name, scale, power), lambda: run(scale, power)))
+
+    return {scale: search(functools.partial(losses, scale), MIDDLE[name]) for scale in SCALES}
 
 
 def fit(curves: dict[int, Losses]) -> dict[str, Any]:
@@ -305,23 +313,14 @@ def main(config: Config) -> None:
     check_out(config.out, "runs.jsonl", "results.json", "curves.png")
     data = load()
     runs = Runs(config.out, epochs=config.epochs, seeds=config.seeds)
+    starts = make_starts(config, len(data[0][0]))
     rows: dict[Name, dict[str, Any]] = {}
     found: dict[Name, dict[int, Losses]] = {}
     with tqdm.tqdm(unit="setting") as progress:
         for name in dict.fromkeys(config.optimizer):
-            run = make_run(name, config, data)
-
-            def losses(power: int, scale: int, name: Name = name, run: Any = run) -> np.ndarray:
-                progress.set_description(f"{name}, scale 2^{scale}, 2^{power}")
-                progress.update()
-                return np.array(runs((name, scale, power), lambda: run(scale, power)))
-
-            curves = {
-                scale: search(functools.partial(losses, scale=scale), MIDDLE[name])
-                for scale in SCALES
-            }
-            best = [min(each.mean() for each in curve.values()) for curve in curves.values()]
-            found[name], rows[name] = curves, fit(curves) | {"best": best}
+            found[name] = measure(name, make_run(name, data, starts), runs, progress)
+            best = [min(map(np.mean, curve.values())) for curve in found[name].values()]
+            rows[name] = fit(found[name]) | {"best": best}
     print_table(rows)
     report = dataclasses.asdict(config) | {
         "out": None,

@@ -158,8 +158,16 @@ def test_decay_removed_on_images(short, tmp_path, monkeypatch):
 def test_decay_removed_says_what_is_wrong(short, tmp_path):
     with pytest.raises(SystemExit, match="--seeds: expected at least 2, found 1"):
         run(short, tmp_path, "--seeds", 1)
+    with pytest.raises(SystemExit, match="--epochs: expected at least 1, found 0"):
+        run(short, tmp_path, "--epochs", 0)
     with pytest.raises(SystemExit, match=r"decay_removed.py: --images: .*none: expected .*, found"):
         run(short, tmp_path, "--images", tmp_path / "none")
+    write_mnist(tmp_path / "few", 2000, 10)
+    message = (
+        r"few: expected more than 2000 images .*, found 2000 of shape \(28, 28, 1\) and 10 cla"
+    )
+    with pytest.raises(SystemExit, match=message):
+        run(short, tmp_path, "--images", tmp_path / "few")
 
 
 # The power of the scale.
