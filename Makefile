@@ -5,13 +5,13 @@
 # a quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators`
 # look at the programs for accelerators that are not there, in .venv-accelerators. `make build`
 # builds what is released, in .venv-release, and checks it; `make docs` makes the documentation,
-# in .venv-docs.
+# in .venv-docs; `make types` asks pyright, in .venv-types, which fetches itself from npm.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded build docs clean
+.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded build docs types clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -65,12 +65,17 @@ docs: .venv-docs/installed
 	.venv-docs/bin/python -m pytest -n 2 tests/test_documents.py
 	PATH=$(CURDIR)/.venv-docs/bin:$$PATH JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
+# What a user's editor says of a program of theirs, and how much of the public names has a type.
+types: .venv-types/installed
+	. .venv-types/bin/activate && pyright && pyright --ignoreexternal --verifytypes spherical_optax
+
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
 .venv-accelerators/installed: EXTRA := accelerators
 .venv-docs/installed: EXTRA := docs
 .venv-release/installed: EXTRA := release
-ENVIRONMENTS := .venv .venv-oldest .venv-accelerators .venv-docs .venv-release
+.venv-types/installed: EXTRA := types
+ENVIRONMENTS := .venv .venv-oldest .venv-accelerators .venv-docs .venv-release .venv-types
 $(ENVIRONMENTS:=/installed): pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip

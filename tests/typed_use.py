@@ -1,4 +1,6 @@
-"""What a type checker says of `groups`, held by `make lint`; nothing here is run."""
+"""What mypy and pyright say of a user's program, held by `make lint`; nothing here is run."""
+
+# pyright: strict, reportMissingTypeStubs=false, reportUnnecessaryTypeIgnoreComment=true
 
 import dataclasses
 from collections.abc import Callable
@@ -21,11 +23,32 @@ class Tree:
     kernel: Any
 
 
+def is_matrix(leaf: jax.Array) -> bool:
+    return leaf.ndim > 1
+
+
+def nothing(leaf: jax.Array) -> None:
+    return None
+
+
 def function(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    return jax.tree.map(is_matrix, params)
 
 
-def right(fn: Callable[..., Any], params: dict[str, Any], state: nnx.State) -> None:
+def train(params: Any, batches: list[jax.Array], gradient: Callable[..., Any]) -> Any:
+    groups = so.groups_by_path({"kernel": so.per_filter()})
+    params = so.place_on_sphere(params, groups, "sqrt(d)")
+    fixed = so.hyperball(optax.scale_by_adam(), optax.cosine_decay_schedule(0.1, 9), groups=groups)
+    tx = optax.chain(fixed, so.record_sphere(groups))
+    state = tx.init(params)
+    for batch in batches:
+        updates, state = tx.update(gradient(params, batch), state, params)
+        params = optax.apply_updates(params, updates)
+    print(so.describe_groups(params, groups).splitlines())
+    return params, state, sum(so.sphere_report(state, groups, params).values())
+
+
+def right(fn: Callable[..., Any], params: dict[str, Any], state: nnx.State[Any, Any]) -> None:
     rules = so.groups_by_path({"conv": so.per_filter(axis=0), "norm": None, "kernel": True})
     so.adamsrt(0.1, groups=rules)
     so.adamsrt(0.1, groups=so.per_layer())
@@ -36,7 +59,7 @@ def right(fn: Callable[..., Any], params: dict[str, Any], state: nnx.State) -> N
     so.adamsrt(0.1, groups=(so.per_head(-2), False))
     so.adamsrt(0.1, groups=Tree(so.per_filter()))
     so.adamsrt(0.1, groups=Module(None))
-    so.adamsrt(0.1, groups=jax.tree.map(lambda leaf: None, state))
+    so.adamsrt(0.1, groups=jax.tree.map(nothing, state))
     so.adamsrt(0.1, groups=state)
     so.adamsrt(0.1, groups=function)
     so.adamsrt(0.1, groups=lambda params: {"conv": True})
