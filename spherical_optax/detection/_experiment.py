@@ -29,7 +29,7 @@ from spherical_optax.groups import RadialGroup
 Unit = dict[int, RadialGroup]
 Progress = Callable[[str], Any]
 
-NOISE = 0.3  # relative change of p under jitter, which only rounding has in most networks
+NOISE = 0.05  # relative change of p under jitter, which only rounding has in most networks
 SMALL = 1e-4  # size of p relative to the module's, which only rounding has beside it
 
 

@@ -70,18 +70,19 @@ def _same_values(a: Any, b: Any) -> bool:
 
 def without_epsilon(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """The program with small constants that are added to something made smaller still."""
-    return program.replace(jaxpr=_rewritten(program.jaxpr))
+    rewritten: core.ClosedJaxpr = _rewritten(program)
+    return rewritten
 
 
 def _rewritten(value: Any) -> Any:
     """A program, or a parameter of an operation that may hold some."""
-    if isinstance(value, core.ClosedJaxpr):
-        return value.replace(jaxpr=_rewritten(value.jaxpr))
     if isinstance(value, tuple | list) and any(
         isinstance(each, core.ClosedJaxpr | core.Jaxpr) for each in value
     ):
         return type(value)(_rewritten(each) for each in value)
-    if not isinstance(value, core.Jaxpr):
+    if not isinstance(value, core.Jaxpr):  # from JAX 0.12 on a closed one is one too
+        if isinstance(value, core.ClosedJaxpr):
+            return value.replace(jaxpr=_rewritten(value.jaxpr))
         return value
     eqns = []
     for eqn in value.eqns:
@@ -133,14 +134,24 @@ def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[int], found: set[Sum]) -> l
             if len(inner.invars) != len(operands):
                 continue
             if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
-                first = eqn.params["num_consts"]
-                last = first + eqn.params["num_carry"]
-                operands[first:last] = [everything] * (last - first)
+                for n in _carry(eqn, inner):
+                    operands[n] = everything
             results = _dependences(inner, operands, found)
             if len(results) == len(outputs):
                 outputs = results
         known.update(zip(eqn.outvars, outputs, strict=True))
     return [of(each) for each in jaxpr.outvars]
+
+
+def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
+    """Which operands of a scan are its carry: they come before what is sliced."""
+
+    def unsliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(np.ndim(a.aval) == np.ndim(b.aval) for a, b in pairs)
+
+    last = unsliced(eqn.invars, inner.invars)
+    return range(last - unsliced(eqn.outvars, inner.outvars), last)
 
 
 def _inner_programs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
