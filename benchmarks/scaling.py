@@ -37,8 +37,7 @@ class Config:
     parameters: tuple[float, ...] = (1e5, 1e6, 1e7, 1e8)
     """Sizes of trees of 10 kernels, whose widths are multiples of 16."""
     layers: tuple[int, ...] = (10, 100, 667)
-    """Numbers of small layers: a kernel of shape (16, 16), and the scale and bias of the
-    normalization that follows it. 667 have 2001 leaves."""
+    """Numbers of small layers: a kernel (16, 16), and a scale and a bias; 667 have 2001 leaves."""
     kernels: tuple[int, ...] = (10, 100, 2000)
     """Numbers of kernels of shape (16, 16), and nothing else."""
     rounds: int = 21
@@ -111,4 +110,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import scipy.stats
 import tqdm
 import tyro
 from classify import Score, Task, make_run
@@ -110,14 +111,17 @@ def on_edge(value: float, values: tuple[float, ...]) -> bool:
 
 
 def spread(values: list[float], baseline: list[float]) -> dict[str, Any]:
-    """Mean and spread over the seeds, and those of the differences to the baseline's runs."""
+    """Mean and spread over the seeds, and of the differences to the baseline's runs their mean
+    and its 95 % interval, by Student's t.
+    """
     differences = [x - y for x, y in zip(values, baseline, strict=True)]
-    several = len(values) > 1
+    mean, n = statistics.mean(differences), len(values)
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(differences)) if n > 1 else None
     return {
         "mean": statistics.mean(values),
-        "std": statistics.stdev(values) if several else None,
-        "difference": statistics.mean(differences),
-        "stderr": statistics.stdev(differences) / math.sqrt(len(values)) if several else None,
+        "std": statistics.stdev(values) if n > 1 else None,
+        "difference": mean,
+        "difference_interval": None if half is None else [mean - half, mean + half],
         "per_seed": values,
     }
 
@@ -139,14 +143,14 @@ def summarize(outcome: Outcome, baseline: Outcome, config: Config) -> dict[str, 
 
 
 def cells(stats: dict[str, Any], scale: float, digits: int) -> list[str]:
-    """A quantity's mean and its difference to the baseline, each with its spread."""
-    texts = []
-    for mean, spread, sign in (("mean", "std", ""), ("difference", "stderr", "+")):
-        text = f"{scale * stats[mean]:{sign}.{digits}f}"
-        if stats[spread] is not None:
-            text += f" ± {scale * stats[spread]:.{digits}f}"
-        texts.append(text)
-    return texts
+    """A quantity's mean and spread, and its difference to the baseline with the interval."""
+    mean = f"{scale * stats['mean']:.{digits}f}"
+    difference = f"{scale * stats['difference']:+.{digits}f}"
+    if stats["std"] is not None:
+        low, high = (f"{scale * end:+.{digits}f}" for end in stats["difference_interval"])
+        mean += f" ± {scale * stats['std']:.{digits}f}"
+        difference += f" ({low}, {high})"
+    return [mean, difference]
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
@@ -162,7 +166,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     print()
     print_rows(*table)
     print("On the test set: mean ± sample standard deviation over seeds. Differences to")
-    print(f"{BASELINE} with the same seed: mean ± standard error.")
+    print(f"{BASELINE} with the same seed: mean (95 % interval, Student's t).")
     if "*" in "".join(value for line in table for value in line):
         print("* on the grid's edge: a wider grid might have given another value.")
 
@@ -195,4 +199,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

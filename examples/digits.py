@@ -130,8 +130,7 @@ class Config:
     optimizer: tuple[Name, ...] = DEFAULT
     """Optimizers to train with, one or several."""
     learning_rate: float | None = None
-    """Initial learning rate, decayed to zero along a cosine; adamg_star keeps it. None: the
-    one tuned for each optimizer."""
+    """Initial learning rate, decayed along a cosine (not adamg_star's). None: the one tuned."""
     epochs: int = 20
     """Passes over the training set."""
     groups: Literal["rules", "auto"] = "rules"
@@ -370,4 +369,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -43,8 +43,7 @@ class Config:
     coordinator: str | None = None
     """Address and port of process 0, where processes are started one by one."""
     bind: str | None = None
-    """Address and port on which process 0 listens. None: those of the coordinator, which is this
-    machine's loopback where the processes are started here."""
+    """Address and port on which process 0 listens. None: those of the coordinator."""
     shard: bool = False
     """Whether to split parameters and state over the processes, on output channels."""
     steps: int = 40
@@ -160,4 +159,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

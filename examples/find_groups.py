@@ -5,6 +5,7 @@ RMSNorm with and without biases). For each it prints what was found for every le
 the deviations measured, and takes a few steps of AdamSRT with these groups on random data.
 
     python examples/find_groups.py
+    python examples/find_groups.py --help
 """
 
 import functools
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from flax import nnx
 
 import spherical_optax as so
@@ -120,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -63,8 +63,7 @@ class Config:
     images: int = 128
     """Size of the batch, the same at every step."""
     epsilon: float = 1e-12
-    """Added to the variance by BatchNorm. The loss is radially invariant only where this is
-    negligible."""
+    """BatchNorm adds it to the variance; the loss is invariant only where it is negligible."""
     out: pathlib.Path = pathlib.Path("out/sgd_is_adam")
     """Directory for results.json and curves.png."""
 
@@ -241,4 +240,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

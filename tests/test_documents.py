@@ -64,6 +64,19 @@ def test_examples_run(name, monkeypatch):
             assert printed.getvalue() == output
 
 
+def test_every_program_is_listed_and_explains_itself():
+    programs = [ROOT / "examples" / "paper" / "__main__.py"]
+    for folder in ("examples", "benchmarks"):
+        programs += [p for p in (ROOT / folder).glob("*.py") if "__main__" in p.read_text()]
+    listed = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    for path in programs:
+        called = path.relative_to(ROOT).as_posix()
+        name = {"examples/paper/__main__.py": "python -m examples.paper"}.get(called, called)
+        assert name in listed, name
+        assert "tyro.cli(" in path.read_text(), name
+        assert "description=__doc__)" in path.read_text(), name  # --help says what the file says
+
+
 def table_codes(name):
     """The code in a document's tables: what stands between backticks, cell by cell."""
     rows = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("|")]

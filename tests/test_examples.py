@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -90,9 +91,12 @@ def test_ablation(tmp_path):
             differences = values - np.array(baseline[key]["per_seed"])
             mean, std = scale * values.mean(), scale * values.std(ddof=1)
             change = scale * differences.mean()
-            error = scale * differences.std(ddof=1) / 2**0.5
+            # Student's t of one degree of freedom is Cauchy's.
+            half = scale * differences.std(ddof=1) / 2**0.5 * math.tan(0.475 * math.pi)
+            low, high = change - half, change + half
             assert f"{mean:.{digits}f} ± {std:.{digits}f}" in table[name]
-            assert f"{change:+.{digits}f} ± {error:.{digits}f}" in table[name]
+            shown = f"{change:+.{digits}f} ({low:+.{digits}f}, {high:+.{digits}f})"
+            assert shown in table[name]
         assert row["accuracy"]["mean"] > 0.5
     assert "on the grid's edge" in result.stdout
 
