@@ -1,17 +1,19 @@
 # `make demo` runs the main job, `make test` the checks and tests; both work from a fresh clone
-# and install what they need into .venv. `make test-slow` runs whole programs, eight devices, and
-# kills and resumes; `make test-oldest` runs all tests in .venv-oldest, with the oldest versions
-# that pyproject.toml admits; `make test-fuzz` draws 1000 random examples for each law, which takes
-# a quarter of an hour. `make bench-compiled`, `make bench-sharded` and `make test-accelerators`
-# look at the programs for accelerators that are not there, in .venv-accelerators. `make build`
-# builds what is released, in .venv-release, and checks it; `make docs` makes the documentation,
-# in .venv-docs; `make types` asks pyright, in .venv-types, which fetches itself from npm.
+# and install what they need into .venv, in the versions of tests/locked.txt, which `make lock`
+# makes anew. `make test-slow` runs whole programs, eight devices, and kills and resumes.
+# `make test-oldest` runs all tests in .venv-oldest, with the oldest versions that pyproject.toml
+# admits, `make test-newest` in .venv-newest, with the newest; `make test-fuzz` draws 1000 random
+# examples for each law, which takes a quarter of an hour. `make bench-compiled`,
+# `make bench-sharded` and `make test-accelerators` look at the programs for accelerators that are
+# not there, in .venv-accelerators. `make build` builds what is released, in .venv-release, and
+# checks it; `make docs` makes the documentation, in .venv-docs; `make types` asks pyright, in
+# .venv-types, which fetches itself from npm.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-fuzz test-accelerators lint bench bench-compiled bench-sharded build docs types clean
+.PHONY: demo test test-slow test-oldest test-newest test-fuzz test-accelerators lint lock bench bench-compiled bench-sharded build docs types clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -25,6 +27,9 @@ test-slow: .venv/installed
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -n 2
 
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -n 2
+
 test-fuzz: .venv/installed
 	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
@@ -35,6 +40,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock: .venv-release/installed
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-release/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra test pyproject.toml --output-file tests/locked.txt
 
 # Short forms of the benchmarks, under 5 minutes; without options they take longer.
 bench: .venv/installed
@@ -69,13 +77,15 @@ docs: .venv-docs/installed
 types: .venv-types/installed
 	. .venv-types/bin/activate && pyright && pyright --ignoreexternal --verifytypes spherical_optax
 
+.venv/installed: tests/locked.txt
+.venv/installed: VERSIONS := --constraint tests/locked.txt
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
 .venv-accelerators/installed: EXTRA := accelerators
 .venv-docs/installed: EXTRA := docs
 .venv-release/installed: EXTRA := release
 .venv-types/installed: EXTRA := types
-ENVIRONMENTS := .venv .venv-oldest .venv-accelerators .venv-docs .venv-release .venv-types
+ENVIRONMENTS := .venv .venv-oldest .venv-newest .venv-accelerators .venv-docs .venv-release .venv-types
 $(ENVIRONMENTS:=/installed): pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip

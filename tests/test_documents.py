@@ -120,6 +120,15 @@ def test_reference_has_every_public_name():
     assert set(found) == set(so.__all__)
 
 
+def test_every_dependency_of_the_tests_is_locked():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["examples"], *extras["test"]]
+    names = {re.match(r"[\w-]+", each)[0].lower() for each in wanted} - {"spherical_optax"}
+    locked = (ROOT / "tests" / "locked.txt").read_text()
+    assert names <= set(re.findall(r"^([\w-]+)==", locked, re.MULTILINE))
+
+
 def test_oldest_versions_are_the_least_that_are_admitted():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     admitted = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
