@@ -32,7 +32,7 @@ from digits import RULES, Network, check_options, load
 from effective_learning_rate import LAYERS, functional_loss, save
 from flax import nnx
 from matplotlib.figure import Figure
-from outputs import check_out
+from outputs import check_out, print_rows
 
 import spherical_optax as so
 
@@ -159,20 +159,16 @@ def fitted_powers(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def print_table(runs: list[dict[str, Any]], powers: dict[str, float]) -> None:
-    print(f"\n{'SGD turned by (rad)':>37}  largest angle from SGD (rad)")
-    names = "  ".join(f"{name:>12}" for name in COLORS)
-    print(f"rate    steps  {'in all':>8}  {'largest step':>12}  {names}")
+    table = [["learning rate", "steps", "turned", "largest step", *COLORS]]
     for run in runs:
-        apart = "  ".join(f"{run['apart'][name][-1]:>12.2e}" for name in COLORS)
-        turned, step = run["travelled"]["sgd"][-1], run["largest_step"]
-        print(
-            f"{run['learning_rate']:<6g}  {run['steps']:>5}  {turned:>8.3f}  {step:>12.3f}  {apart}"
-        )
-    fitted = "  ".join(
-        f"{powers[name]:>12.2f}" if name in powers else f"{'-':>12}" for name in COLORS
-    )
-    print(f"{'fitted power of the rate':<37}  {fitted}")
-    print("At the end: the mean over filters of the angle from the start, the largest from SGD.")
+        angles = [f"{run['travelled']['sgd'][-1]:.3f}", f"{run['largest_step']:.3f}"]
+        apart = [f"{run['apart'][name][-1]:.2e}" for name in COLORS]
+        table.append([f"{run['learning_rate']:g}", str(run["steps"]), *angles, *apart])
+    fitted = [f"{powers[name]:.2f}" if name in powers else "-" for name in COLORS]
+    print()
+    print_rows(*table, ["fitted power", "", "", "", *fitted])
+    print("In radians: how far SGD turned its filters in all, their mean, and in its largest step;")
+    print("of the others, the largest angle of a filter from SGD's at the end.")
 
 
 def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Path) -> None:

@@ -144,6 +144,19 @@ def _add(a: Any, b: Any) -> Any:
     return tuple(p + q for p, q in zip(a, b, strict=True))
 
 
+@jax.custom_jvp
+def _sums_together(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Sums over the second axis, all in one kernel."""
+    zero = jnp.zeros((), arrays[0].dtype)
+    return lax.reduce(tuple(arrays), (zero,) * len(arrays), _add, (1,))
+
+
+@_sums_together.defjvp
+def _sums_together_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """As JAX's own rule, which in JAX 0.12 fails where one of several has no tangent."""
+    return _sums_together(*primals), tuple(each.sum(1) for each in tangents[0])
+
+
 # --- on a GPU -----------------------------------------------------------------------------
 
 
@@ -172,8 +185,7 @@ def _in_parts(
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
     if reduced or _more(view, len(arrays[0].shape), group):
-        zero = jnp.zeros((), dtype)
-        totals = lax.reduce(tuple(sums), (zero,) * len(pairs), _add, (1,))
+        totals = _sums_together(sums)
         return _finish(totals, arrays[0].shape, view, group)
     # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
     few = max(each for each in range(1, UNROLLED + 1) if summed // rows % each == 0)
@@ -239,7 +251,6 @@ def _in_tiles(
     tiles: Tiles,
 ) -> list[jax.Array]:
     (outer, summed, columns), (depth, height, width) = tiles.shape, tiles.tile
-    zero = jnp.zeros((), dtype)
     down, across = summed // height, math.ceil(columns / width)
 
     def sums_of(corner: tuple[Any, ...]) -> jax.Array:
@@ -250,8 +261,7 @@ def _in_tiles(
             for each in views
         ]
         products = tuple(tile[i] * tile[j] for i, j in pairs)
-        sums = lax.reduce(products, (zero,) * len(pairs), _add, (1,))
-        found = jnp.stack([each.sum(1) for each in sums])
+        found = jnp.stack([each.sum(1) for each in _sums_together(products)])
         return found.sum(-1, keepdims=True) if tiles.folded else found
 
     def one_place(count: Any, totals: jax.Array) -> jax.Array:

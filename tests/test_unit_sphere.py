@@ -75,6 +75,10 @@ def test_sums_in_one_pass(x64):
         for (i, j), value in zip(pairs, found, strict=True):
             expected = geometry.inner(vectors[i][n], vectors[j][n], groups[n])
             np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
+    x, y = vectors
+    grad = jax.jit(jax.grad(lambda x: sum(map(jnp.sum, jax.tree.leaves(sums([x, y]))))))
+    for n, found in grad(x).items():
+        np.testing.assert_allclose(found, 2 * x[n] + y[n], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def scale_by_adamsrt(
       >>> params = jnp.array([2., 0.])
       >>> updates, state = tx.update(jnp.array([0., 4.]), tx.init(params), params)
       >>> print(updates, state.mu)
-      [0.        1.4142134] [0.  0.8]
+      [0.      1.41421] [0.  0.8]
 
     References:
       Roburin et al., Spherical perspective on learning with normalization layers,
