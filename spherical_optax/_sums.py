@@ -144,17 +144,17 @@ def _add(a: Any, b: Any) -> Any:
     return tuple(p + q for p, q in zip(a, b, strict=True))
 
 
-@jax.custom_jvp
-def _sums_together(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Sums over the second axis, all in one kernel."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def sums_together(arrays: Sequence[jax.Array], axis: int) -> Sequence[jax.Array]:
+    """The sums of arrays of one shape over an axis, in one kernel."""
     zero = jnp.zeros((), arrays[0].dtype)
-    return lax.reduce(tuple(arrays), (zero,) * len(arrays), _add, (1,))
+    return lax.reduce(tuple(arrays), (zero,) * len(arrays), _add, (axis,))
 
 
-@_sums_together.defjvp
-def _sums_together_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+@sums_together.defjvp
+def _sums_together_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """As JAX's own rule, which in JAX 0.12 fails where one of several has no tangent."""
-    return _sums_together(*primals), tuple(each.sum(1) for each in tangents[0])
+    return sums_together(*primals, axis), tuple(each.sum(axis) for each in tangents[0])
 
 
 # --- on a GPU -----------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def _in_parts(
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
     if reduced or _more(view, len(arrays[0].shape), group):
-        totals = _sums_together(sums)
+        totals = sums_together(sums, 1)
         return _finish(totals, arrays[0].shape, view, group)
     # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
     few = max(each for each in range(1, UNROLLED + 1) if summed // rows % each == 0)
@@ -261,7 +261,7 @@ def _in_tiles(
             for each in views
         ]
         products = tuple(tile[i] * tile[j] for i, j in pairs)
-        found = jnp.stack([each.sum(1) for each in _sums_together(products)])
+        found = jnp.stack([each.sum(1) for each in sums_together(products, 1)])
         return found.sum(-1, keepdims=True) if tiles.folded else found
 
     def one_place(count: Any, totals: jax.Array) -> jax.Array:

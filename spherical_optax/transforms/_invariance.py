@@ -1,6 +1,7 @@
 """AdamP's projection: where gradients look tangent, updates are made so."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
-from spherical_optax._sums import inners, once
+from spherical_optax._sums import inners, once, sums_together
 from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out
 from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
@@ -124,7 +125,7 @@ def project_if_tangent(
         units = present(units, g, params)
         for i in (i for unit in units for i in unit):
             # XLA would read both moments again in two kernels, to make the update of them.
-            p[i] = once(p[i])  # or both moments are read once more, in two kernels
+            p[i] = once(p[i])
         for unit in units:
             pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
             arrays = (pick(unit, x), pick(unit, g), pick(unit, p))
@@ -132,11 +133,11 @@ def project_if_tangent(
             xx, gx, gg, px = map(jnp.atleast_1d, sums)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
-            near_group = jnp.all(near, axis=-1, keepdims=True)
-            whole = (each.sum(-1, keepdims=True) for each in (gx, gg, xx))
-            near_layer = _cosine(*whole) < delta / math.sqrt(group_size(layer, x))
+            far, *whole = _over_layers((~near).astype(xx.dtype), gx, gg, xx, px)
+            near_group = far == 0
+            near_layer = _cosine(*whole[:3]) < delta / math.sqrt(group_size(layer, x))
             decay = weight_decay * jnp.where(near_group | near_layer, wd_ratio, 1)
-            off = _radial(px, xx, near_group, near_layer)
+            off = _radial((px, xx), whole[3:1:-1], near_group, near_layer)
             for i, group in unit.items():
                 _subtract(p, {i: i}, off - decay if decays[i] else off, x, {i: group})
             like = jax.typeof(xx)
@@ -144,7 +145,8 @@ def project_if_tangent(
                 v = {i: kept[place[i]] for i in part}
                 sums = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
                 vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
-                off = _radial(vx, of_part, near_group, near_layer)
+                whole = _over_layers(vx, of_part)
+                off = _radial((vx, of_part), whole, near_group, near_layer)
                 _subtract(kept, place, off, x, part)
         for i in (i for i in elsewhere(units, p) if decays[i]):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
@@ -178,12 +180,23 @@ def _cosine(gx: jax.Array, gg: jax.Array, xx: jax.Array) -> jax.Array:
     return jnp.abs(geometry.safe_divide(gx, geometry.safe_sqrt(gg) * geometry.safe_sqrt(xx)))
 
 
+def _over_layers(*values: jax.Array) -> list[jax.Array]:
+    """Sums over the groups of each layer, in one kernel."""
+    return [each[..., None] for each in sums_together(values, values[0].ndim - 1)]
+
+
 def _radial(
-    vx: jax.Array, xx: jax.Array, near_group: jax.Array, near_layer: jax.Array
+    groups: Sequence[jax.Array],
+    layers: Sequence[jax.Array],
+    near_group: jax.Array,
+    near_layer: jax.Array,
 ) -> jax.Array:
-    """The coefficient of x in the part that is projected off v, one per group."""
-    whole = geometry.safe_divide(vx.sum(-1, keepdims=True), xx.sum(-1, keepdims=True))
-    return jnp.where(near_group, geometry.safe_divide(vx, xx), jnp.where(near_layer, whole, 0))
+    """The coefficient of x in the part that is projected off v, one per group.
+
+    Of groups and of layers it is given <v, x> and |x|^2.
+    """
+    each = geometry.safe_divide(*groups)
+    return jnp.where(near_group, each, jnp.where(near_layer, geometry.safe_divide(*layers), 0))
 
 
 def _subtract(
