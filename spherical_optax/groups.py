@@ -503,8 +503,9 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     leaves = _trees.leaves_with_paths(tree)
     if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
         return []
+    statistics = {"params", "batch_stats"} <= {key for leaf in leaves for key in leaf.keys[:1]}
     for leaf in leaves:
-        _check_parameter(leaf)
+        _check_parameter(leaf, statistics and leaf.keys[0] == "batch_stats")
     given = _given(groups, tree)
     by = _by_rules if isinstance(given, PathRules) else _by_prefix
     said = by(given, leaves)
@@ -534,13 +535,20 @@ def _given(groups: Any, tree: Any) -> Any:
     return groups.groups if isinstance(groups, FoundGroups) else groups
 
 
-def _check_parameter(leaf: _trees.Leaf) -> None:
+def _check_parameter(leaf: _trees.Leaf, statistic: bool) -> None:
     """Raises for what a whole model holds besides its parameters."""
     value, dtype = leaf.value, getattr(leaf.value, "dtype", None)
     if value is None or leaf.hidden or isinstance(value, numbers.Number):
         return
+    if isinstance(value, PathRules | FoundGroups | RadialGroup):
+        raise TypeError(
+            f"expected a tree of parameters, found {type(value).__name__}; params and groups seem "
+            "to have changed places."
+        )
     if leaf.is_state:
         found = f"a {leaf.box.__name__}"
+    elif statistic:
+        found = "a statistic"
     elif dtype is None or isinstance(dtype, str):  # a string for a Keras variable
         found = f"{reprlib.repr(value)} of type {type(value).__name__}"
     elif jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -549,7 +557,8 @@ def _check_parameter(leaf: _trees.Leaf) -> None:
         return
     raise TypeError(
         f"{leaf.path}: expected an array of parameters, found {found}; pass the parameters "
-        "alone: nnx.state(model, nnx.Param), eqx.filter(model, eqx.is_inexact_array), or "
+        "alone: nnx.state(model, nnx.Param), variables['params'] of a Linen model, "
+        "eqx.filter(model, eqx.is_inexact_array), or "
         "{v.path: v.value for v in model.trainable_variables} of a Keras model."
     )
 

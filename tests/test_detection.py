@@ -658,7 +658,7 @@ def test_a_stopped_gradient_does_not_pass_for_no_effect():
             "bias before BatchNorm",
             {"head/kernel": FILTER, "conv": FILTER},
             r"(?s)3 of 5 groups.*conv0/bias of shape \(8,\): expected an invariant group, found no "
-            r"effect.*head/kernel of shape \(8, 3\): .*a deviation of .*; no group found is",
+            r"effect.*head/kernel of shape \(8, 3\): .*a deviation of .*; none tried is",
         ),
         (
             "bias before BatchNorm",
@@ -793,9 +793,18 @@ def test_scaling_that_changes_the_outputs_is_reported_with_its_number(monkeypatc
 
 
 def test_check_names_evaluation_mode_where_all_groups_fail():
-    message = r"(?s)1 of 1 groups.*None is invariant.*use training mode"
+    message = r"(?s)1 of 1 groups.*none tried is invariant.*use training mode"
     with pytest.raises(ValueError, match=message):
         so.check_radial_groups(evaluated, zeros(k=(6, 6)), {"k": FILTER}, VECTORS)
+
+
+def test_check_names_evaluation_mode_where_other_groups_hold():
+    def fn(params, x):
+        return evaluated(params, x), rms_norm(x @ params["kernel"])
+
+    groups = {"k": FILTER, "kernel": LAYER}
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 groups:\nk of shape.*use training mode"):
+        so.check_radial_groups(fn, zeros(k=(6, 6), kernel=(6, 6)), groups, VECTORS)
 
 
 def test_check_names_invariant_kernels_without_a_group():

@@ -330,6 +330,21 @@ def test_a_whole_model_as_parameters(leaf, found):
             use()
 
 
+def test_statistics_of_linen_are_no_parameters():
+    variables = {"params": PARAMS, "batch_stats": {"norm": {"mean": BIAS}}}
+    message = (
+        r"batch_stats/norm/mean: expected .* found a statistic.*variables\['params'\] of a Linen"
+    )
+    with pytest.raises(TypeError, match=message):
+        so.adamsrt(0.1, groups=so.per_filter()).init(variables)
+
+
+@pytest.mark.parametrize("groups", [so.per_filter(), so.groups_by_path({"conv": True})])
+def test_params_and_groups_that_changed_places(groups):
+    with pytest.raises(TypeError, match="params and groups seem to have changed places"):
+        so.describe_groups(groups, PARAMS)
+
+
 def test_numpy_scalars_are_taken():
     assert so.RadialGroup((np.int64(1),)) == so.RadialGroup((1,))
     assert radial_units({"conv": np.bool_(True), "dense": np.bool_(False)}, PARAMS) == [

@@ -106,10 +106,22 @@ def test_masks_are_those_of_optax(form):
             r"expected mask to be a pytree prefix of the parameters, found \['d'\], which no",
         ),
         ({"a": 1.0, "b": True, "c": True}, TypeError, "True or False in mask for a, found 1.0 of"),
+        (False, ValueError, r"a function, found False for all.*for none set weight_decay=0; under"),
     ],
-    ids=["missing", "unknown", "no boolean"],
+    ids=["missing", "unknown", "no boolean", "one for all"],
 )
 def test_a_mask_that_does_not_fit(name, mask, error, message):
     tx = DECAYED[name](0.1, groups=GROUPS, weight_decay=0.1, mask=mask)
     with pytest.raises(error, match=message):
         tx.init(params_of())
+
+
+@pytest.mark.parametrize("name", ["adamsw", "adamp"])
+def test_a_mask_that_was_called_with_a_step(name):
+    """What `inject_hyperparams` makes of a function, which then asks a scalar for its shape."""
+    make = optax.inject_hyperparams(DECAYED[name], static_args=("groups",))
+    tx = make(0.1, groups=GROUPS, weight_decay=0.1, mask=MASKS["function"])
+    with pytest.raises(ValueError, match=r"name mask in static_args, or it is called with a step"):
+        tx.init(params_of())
+    make = optax.inject_hyperparams(DECAYED[name], static_args=("groups", "mask"))
+    make(0.1, groups=GROUPS, weight_decay=0.1, mask=MASKS["function"]).init(params_of())

@@ -171,19 +171,22 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
     units, _ = _confirm(experiment, found, say)
     better_of = {i: unit for unit in units for i in unit}
     shapes = {i: leaf.value for i, leaf in enumerate(experiment.leaves) if leaf.value is not None}
-    wrong, failed = [], 0
+    wrong, unexplained = [], False
     for unit in given:
         i = next(iter(unit))
         better = better_of.get(i)
-        instead = "no group found is" if better is None else f"invariant is {_say(better[i])}"
+        instead = "none tried is invariant" if better is None else f"invariant is {_say(better[i])}"
         deviation = experiment.deviation(unit)
         where = ", ".join(
             f"{experiment.leaves[j].path} of shape {tuple(shapes[j].shape)}" for j in unit
         )
         if all(found.verdicts.get(j) == NO_EFFECT for j in unit):
-            wrong.append(f"{where}: expected an invariant group, found no effect on the outputs.")
+            wrong.append(
+                f"{where}: expected an invariant group, found no effect on the outputs; "
+                "give it None, no group."
+            )
         elif deviation > experiment.thresholds.invariant:
-            failed += 1
+            unexplained |= better is None
             wrong.append(
                 f"{where}: expected an invariant group, found a deviation of {deviation:.1g} for "
                 f"{_say(unit[i])}; {instead}."
@@ -194,7 +197,7 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
                 f"invariant is {_say(better[i])}."
             )
     if wrong:
-        hint = f"\nNone is invariant. {CAUSES}" if failed == len(given) and not units else ""
+        hint = f"\n{CAUSES}" if unexplained else ""
         raise ValueError(f"{who}: {len(wrong)} of {len(given)} groups:\n" + "\n".join(wrong) + hint)
     grouped = {i for unit in given for i in unit}
     plain = search(experiment, False, say).units
