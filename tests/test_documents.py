@@ -30,12 +30,13 @@ def blocks(name):
 SHOWN = {  # how many programs a document has, and the numbers of those whose output it shows
     "README.md": (1, {0}),
     "docs/built.md": (3, {1, 2}),
+    "docs/coming_from_adam.md": (1, {0}),
     "docs/decay.md": (1, {}),
-    "docs/frameworks.md": (5, {0}),
+    "docs/frameworks.md": (6, {1}),
     "docs/groups.md": (3, {0}),
     "docs/index.md": (1, {0}),
     "docs/recipes.md": (19, {1, 2, 3, 4, 10, 18}),
-    "docs/scaling.md": (5, {0, 1, 3, 4}),
+    "docs/scaling.md": (6, {0, 1, 4, 5}),
     "docs/theory.md": (4, {0, 1, 2, 3}),
     "docs/watch.md": (2, {0, 1}),
 }

@@ -41,7 +41,8 @@ def adamp(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Decoupled decay.
       mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
         or a function of the parameters that returns one; all if `None`.
@@ -136,7 +137,8 @@ def sgdp(
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd`, with decoupled decay.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Decoupled decay, divided by 1 - momentum.
       mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
         or a function of the parameters that returns one; all if `None`.

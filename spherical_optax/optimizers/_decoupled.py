@@ -38,7 +38,8 @@ def adamsw(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Decoupled decay, times the learning rate.
       mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
         or a function of the parameters that returns one; all if `None`.
@@ -95,7 +96,8 @@ def adamsrtw(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Decoupled decay, times the learning rate.
       mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
         or a function of the parameters that returns one; all if `None`.

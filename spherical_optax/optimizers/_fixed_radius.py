@@ -49,7 +49,8 @@ def hyperball(
       learning_rate: A number or a schedule: the length of a step relative to the radius.
       groups: See the module `spherical_optax.groups`.
       other_learning_rate: That of leaves without a group, which take inner's update as it
-        is; `learning_rate` if `None`.
+        is, a number or a schedule; `learning_rate` if `None`, but that is an angle, and too
+        much for most.
       radius: The radius to keep, if not that at `init`, in the forms of `place_on_sphere`, which
         puts weights there at once; `retract` takes a few steps where they are far outside.
 
@@ -233,7 +234,8 @@ def rotational_adamw(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
         without a group.
       mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
@@ -292,7 +294,8 @@ def rotational_sgdm(
       momentum: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd` after `optax.add_decayed_weights`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: With the learning rate it sets the angle; factor of the L2 term of leaves
         without a group, before the momentum, as the angle assumes.
       mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
@@ -351,7 +354,8 @@ def rotational_lion(
       b2: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.lion`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
         without a group.
       mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or

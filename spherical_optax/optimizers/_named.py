@@ -37,9 +37,10 @@ def adamh(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`; as published a group is a matrix: of stacked
-        layers `RadialGroup((0,))`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      groups: See the module `spherical_optax.groups`. As published a group is a matrix,
+        `per_layer()`, of stacked layers `RadialGroup((0,))`; finer groups keep a radius each.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`, but that is an angle, and too much for most.
       nesterov: Whether to use Nesterov momentum, as in `optax.adam`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
@@ -96,7 +97,8 @@ def muonh(
       b2: Decay rate of Adam's second moment, in [0, 1).
       eps: Added to Adam's denominator.
       groups: See the module `spherical_optax.groups`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`, but that is an angle, and too much for most.
       bias_correction: Whether the Nesterov momentum is corrected for its bias, as in
         `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.
       ns_steps: Newton-Schulz iterations.

@@ -49,7 +49,8 @@ def adams(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Factor of the coupled L2 term.
       mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
         or a function of the parameters that returns one; all if `None`.
@@ -114,7 +115,8 @@ def adamsrt(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Factor of the coupled L2 term. In groups it acts 1 - b1 times as strongly
         as in `adams`: its momentum is radial, and not carried.
       mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
@@ -179,7 +181,8 @@ def sgdmrt(
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       weight_decay: Factor of the coupled L2 term. In groups it acts 1 - momentum times as
         strongly as in `optax.sgd` after `optax.add_decayed_weights`: its momentum is
         radial, and not carried.
@@ -254,7 +257,8 @@ def adamg(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.adam`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
