@@ -159,7 +159,8 @@ def traffic(text: str) -> tuple[int, int, int]:
         for name, count in zip(each.operands, times, strict=True):
             total += count * in_main_memory(results[name])
         total += in_main_memory(each.result)
-        kernels += 1
+        # A TPU computes bare numbers beside its kernels.
+        kernels += each.operation == "fusion" or largest > 8
         copies += each.operation in COPIES and largest > 1 << 16
     return total, kernels, copies
 
