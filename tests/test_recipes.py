@@ -276,10 +276,10 @@ def test_hyperball_with_decay(recipes, x64):
         if path in MATRICES:
             return hyperball(x, directions, (), LR)
         for w in directions:
-            x = x - LR * (w + (0.1 * x if x.ndim > 1 else 0))
+            x = x - 3e-3 * (w + (0.1 * x if x.ndim > 1 else 0))
         return x
 
-    check(recipes["hyperball_with_decay"](LR, 0.1), expected, recipes["SHAPES"])
+    check(recipes["hyperball_with_decay"](LR, 3e-3, 0.1), expected, recipes["SHAPES"])
 
 
 def test_rotational_with_angles(recipes, x64):

@@ -34,6 +34,11 @@ CAUSES = (
     "directly."
 )
 
+ON_PURPOSE = (
+    "Hyperball, AdamH and MuonH are used on other matrices too, for the angle: there this is to be "
+    "expected."
+)
+
 
 def find_radial_groups(
     fn: Callable[..., Any],
@@ -197,7 +202,7 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
                 f"invariant is {_say(better[i])}."
             )
     if wrong:
-        hint = f"\n{CAUSES}" if unexplained else ""
+        hint = f"\n{CAUSES} {ON_PURPOSE}" if unexplained else ""
         raise ValueError(f"{who}: {len(wrong)} of {len(given)} groups:\n" + "\n".join(wrong) + hint)
     grouped = {i for unit in given for i in unit}
     plain = search(experiment, False, say).units
