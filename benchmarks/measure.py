@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, Make] = {
     "sgdmrt": lambda groups: so.sgdmrt(RATE, groups=groups),
     "adamg": lambda groups: so.adamg(RATE, groups=groups),
     "adamp": lambda groups: so.adamp(RATE, groups=groups),
-    "hyperball": lambda groups: so.hyperball(optax.scale_by_adam(), RATE, groups=groups),
+    "hyperball": lambda groups: so.adamh(RATE, groups=groups, other_learning_rate=RATE),
     "rotational_adamw": lambda groups: so.rotational_adamw(RATE, groups=groups),
     "adamsrt, composed": lambda groups: optax.chain(
         so.transport_moments(so.scale_by_adams(groups=groups), groups),

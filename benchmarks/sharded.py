@@ -53,7 +53,7 @@ class Case(NamedTuple):
 CASES = {
     "optax.adam": Case(optax.adam(1e-3), None, 0),
     "adamsrt": Case(so.adamsrt(1e-3, groups=HEADS), HEADS, 5),
-    "hyperball": Case(so.hyperball(optax.scale_by_adam(), 1e-3, groups=MATRICES), MATRICES, 3),
+    "hyperball": Case(so.adamh(1e-3, groups=MATRICES, other_learning_rate=1e-3), MATRICES, 3),
 }
 
 

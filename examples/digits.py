@@ -71,7 +71,7 @@ SPHERICAL: dict[Name, Make] = {
     "adamg_star": so.adamg_star,
     "adamp": so.adamp,
     "sgdp": so.sgdp,
-    "hyperball": functools.partial(so.hyperball, optax.scale_by_adam()),
+    "hyperball": lambda rate, groups: so.adamh(rate, groups=groups, other_learning_rate=rate),
     # The decay sets the angle of a step: more than the defaults, which are for longer runs.
     "rotational_adamw": functools.partial(so.rotational_adamw, weight_decay=0.1),
     "rotational_sgdm": functools.partial(so.rotational_sgdm, weight_decay=1e-3),

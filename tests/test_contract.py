@@ -49,7 +49,9 @@ def project_if_tangent(decay, delta, weight_decay, groups):
 
 
 def hyperball(decay, learning_rate, groups):
-    return so.hyperball(optax.scale_by_adam(decay), learning_rate, groups=groups)
+    return so.hyperball(
+        optax.scale_by_adam(decay), learning_rate, groups=groups, other_learning_rate=0.05
+    )
 
 
 def adamsw(learning_rate, weight_decay, other_learning_rate, groups):
@@ -88,10 +90,8 @@ def effective(learning_rate, momentum, groups):
 
 def muonh(learning_rate, momentum, groups):
     """Of the only matrix: filters, joint leaves and blocks are none."""
-    del groups
-    return so.muonh(
-        learning_rate, momentum, groups=so.groups_by_path({"dense/kernel": so.per_filter()})
-    )
+    groups = so.groups_by_path({"dense/kernel": so.per_filter()})
+    return so.muonh(learning_rate, momentum, groups=groups, other_learning_rate=0.05)
 
 
 TABLE = {
@@ -152,7 +152,7 @@ TABLE = {
         hyperball,
         {"decay": 0.8, "learning_rate": 0.1},
     ),
-    "adamh": Entry(so.adamh, {"learning_rate": 0.1, "b1": 0.8}),
+    "adamh": Entry(so.adamh, {"learning_rate": 0.1, "b1": 0.8, "other_learning_rate": 0.05}),
     "muonh": Entry(muonh, {"learning_rate": 0.1, "momentum": 0.8}),
     "rotational": Entry(
         rotational,

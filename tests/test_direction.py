@@ -46,7 +46,7 @@ def muon():
 
 
 def hyperball(inner):
-    return so.hyperball(inner, 0.1, groups=GROUPS)
+    return so.hyperball(inner, 0.1, groups=GROUPS, other_learning_rate=0.1)
 
 
 def rotational(inner):
@@ -129,7 +129,8 @@ def test_one_block_of_many_is_looked_at():
     params = {f"layer{i}": {"kernel": jnp.ones((9, 300, 8)), "bias": jnp.ones(8)} for i in range(9)}
     params["other"] = jnp.ones((4, 4))
     inner = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
-    so.hyperball(inner, 0.1, groups={**dict.fromkeys(params), "other": True}).init(params)
+    groups = {**dict.fromkeys(params), "other": True}
+    so.hyperball(inner, 0.1, groups=groups, other_learning_rate=0.1).init(params)
     small, whole = seen
     assert small["layer0"] == {"kernel": (3, 3, 3), "bias": (3,)}
     assert small["layer1"] == small["layer8"] == {"kernel": (), "bias": ()}

@@ -35,11 +35,13 @@ def rotational(groups):
 
 PAIRS = {
     "hyperball": (
-        lambda groups: so.hyperball(optax.trace(0.8), SCHEDULE, groups=groups),
+        lambda groups: so.hyperball(
+            optax.trace(0.8), SCHEDULE, groups=groups, other_learning_rate=SCHEDULE
+        ),
         lambda groups: optax.chain(
             optax.trace(0.8),
             so.normalize_updates(groups),
-            optax.scale_by_learning_rate(SCHEDULE),
+            optax.chain(*masked(groups, SCHEDULE, optax.scale_by_learning_rate(SCHEDULE))),
             so.retract(groups),
         ),
     ),

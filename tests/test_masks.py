@@ -27,7 +27,9 @@ DECAYED = {
 RATES = {
     **{name: make for name, make in DECAYED.items() if name != "rotational"},
     "adamg": so.adamg,
-    "hyperball": lambda rate, **given: so.hyperball(INNER(), rate, **given),
+    "hyperball": lambda rate, **given: so.hyperball(
+        INNER(), rate, **{"other_learning_rate": rate, **given}
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """AdamH and MuonH against their formulas in NumPy, on trees of all kinds of leaves."""
 
+import functools
 import re
 
 import jax
@@ -123,8 +124,24 @@ def test_stacked_layers_step_as_separate_ones(make, x64):
     stacked = {"up": (3, 4, 6), "norm": (3, 4)}
     apart = lambda tree: {f"{key}{i}": leaf[i] for key, leaf in tree.items() for i in range(3)}  # noqa: E731
     params, grads = tree_of(stacked, 0), [tree_of(stacked, seed) for seed in range(1, 5)]
-    together = make(0.1, groups=so.groups_by_path({"up": so.RadialGroup((0,))}))
-    each = make(0.1, groups=so.groups_by_path({"up": so.per_layer()}))
+    make = functools.partial(make, 0.1, other_learning_rate=0.1)
+    together = make(groups=so.groups_by_path({"up": so.RadialGroup((0,))}))
+    each = make(groups=so.groups_by_path({"up": so.per_layer()}))
     end = run(each, apart(params), [apart(g) for g in grads])[-1]
     for key, leaf in apart(run(together, params, grads)[-1]).items():
         np.testing.assert_allclose(leaf, end[key], rtol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "make", [so.adamh, so.muonh, functools.partial(so.hyperball, optax.trace(0.9))]
+)
+def test_an_angle_is_no_rate_for_leaves_without_a_group(make):
+    params = {"kernel": jnp.ones((3, 4)), "norm": jnp.ones(3), "head": jnp.ones((4, 2))}
+    groups = so.groups_by_path({"kernel": so.per_layer()})
+    message = (
+        r"expected other_learning_rate for leaves without a group, \['head', 'norm'\], found None"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(0.1, groups=groups).init(params)
+    make(0.1, groups=groups, other_learning_rate=1e-3).init(params)
+    make(0.1, groups=groups).init({"kernel": jnp.eye(3)})

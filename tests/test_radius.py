@@ -51,7 +51,11 @@ def test_forms_of_the_radius(radius, conv, fc, x64):
     ends = [
         placed,
         run(optax.chain(optax.sgd(0.1), so.retract(GROUPS, radius)), params, grads)[-1],
-        run(so.hyperball(inner, 0.1, groups=GROUPS, radius=radius), params, grads)[-1],
+        run(
+            so.hyperball(inner, 0.1, groups=GROUPS, other_learning_rate=0.1, radius=radius),
+            params,
+            grads,
+        )[-1],
     ]
     for end in ends:
         found = lengths(end, GROUPS)
@@ -77,7 +81,13 @@ def test_hyperball_at_its_own_radius_is_that_at_the_initial_one(x64):
     params, grads = tree_of(PARAMS, 0), [tree_of(PARAMS, seed) for seed in (1, 2, 3)]
     params = so.place_on_sphere(params, GROUPS, 2.0)
     paths = [
-        run(so.hyperball(optax.scale_by_adam(), 0.1, groups=GROUPS, **radius), params, grads)[-1]
+        run(
+            so.hyperball(
+                optax.scale_by_adam(), 0.1, groups=GROUPS, other_learning_rate=0.1, **radius
+            ),
+            params,
+            grads,
+        )[-1]
         for radius in ({}, {"radius": 2.0}, {"radius": {"": 2.0}})
     ]
     for path in paths[1:]:

@@ -100,7 +100,7 @@ OPTIMIZERS = {
     "adamg_star": lambda: so.adamg_star(0.1, 0.1, groups=GROUPS),
     "adamp": lambda: so.adamp(0.1, groups=GROUPS, weight_decay=0.1),
     "sgdp": lambda: so.sgdp(0.1, groups=GROUPS),
-    "hyperball": lambda: so.hyperball(optax.scale_by_adam(), 0.1, groups=GROUPS),
+    "hyperball": lambda: so.adamh(0.1, groups=GROUPS, other_learning_rate=0.1),
     "rotational": lambda: so.rotational_adamw(0.1, groups=GROUPS),
     "split": lambda: so.split_radial(optax.sgd(0.1, 0.9), optax.adam(0.1), GROUPS),
     "recorded": lambda: optax.chain(

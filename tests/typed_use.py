@@ -38,7 +38,8 @@ def function(params: Any) -> Any:
 def train(params: Any, batches: list[jax.Array], gradient: Callable[..., Any]) -> Any:
     groups = so.groups_by_path({"kernel": so.per_filter()})
     params = so.place_on_sphere(params, groups, "sqrt(d)")
-    fixed = so.hyperball(optax.scale_by_adam(), optax.cosine_decay_schedule(0.1, 9), groups=groups)
+    rate = optax.cosine_decay_schedule(0.1, 9)
+    fixed = so.hyperball(optax.scale_by_adam(), rate, groups=groups, other_learning_rate=1e-3)
     tx = optax.chain(fixed, so.record_sphere(groups))
     state = tx.init(params)
     for batch in batches:

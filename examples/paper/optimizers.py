@@ -65,7 +65,9 @@ def make_optimizer(
             return so.sgdmrt(rate, b1, groups=GROUPS, weight_decay=decay)
         case "hyperball":
             inner = optax.scale_by_adam(b1, b2)
-            return optax.chain(l2_outside, so.hyperball(inner, rate, groups=GROUPS))
+            return optax.chain(
+                l2_outside, so.hyperball(inner, rate, groups=GROUPS, other_learning_rate=rate)
+            )
         case "rotational_adamw":
             return so.rotational_adamw(rate, b1, b2, groups=GROUPS, weight_decay=decay)
 

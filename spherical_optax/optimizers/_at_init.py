@@ -59,6 +59,25 @@ def require_spheres(
     return _at_init(check)
 
 
+def require_other_rate(
+    who: str, groups: Groups, other_learning_rate: Any
+) -> optax.GradientTransformation:
+    """Raises at `init` if leaves without a group would be trained at an angle."""
+
+    def check(params: optax.Params) -> None:
+        grouped = {i for unit in radial_units(groups, params) for i in unit}
+        leaves = enumerate(_trees.visible_leaves(params))
+        rest = [leaf.path for i, leaf in leaves if i not in grouped and leaf.value is not None]
+        if rest and other_learning_rate is None:
+            raise ValueError(
+                f"{who}: expected other_learning_rate for leaves without a group, {rest}, found "
+                "None; learning_rate is an angle, and too much for most: pass the rate that they "
+                "had, or learning_rate once more."
+            )
+
+    return _at_init(check)
+
+
 def require_direction(
     who: str, inner: optax.GradientTransformation, groups: Groups
 ) -> optax.GradientTransformation:

@@ -10,7 +10,11 @@ import optax
 from spherical_optax._checks import check_learning_rate, check_number, check_transformation
 from spherical_optax._masks import Mask, in_groups
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._at_init import require_direction, require_spheres
+from spherical_optax.optimizers._at_init import (
+    require_direction,
+    require_other_rate,
+    require_spheres,
+)
 from spherical_optax.optimizers._parts import (
     decayed_weights,
     elsewhere_only,
@@ -49,8 +53,8 @@ def hyperball(
       learning_rate: A number or a schedule: the length of a step relative to the radius.
       groups: See the module `spherical_optax.groups`.
       other_learning_rate: That of leaves without a group, which take inner's update as it
-        is, a number or a schedule; `learning_rate` if `None`, but that is an angle, and too
-        much for most.
+        is; a number or a schedule. Where there are such leaves it has to be given, as an angle
+        is too much for most.
       radius: The radius to keep, if not that at `init`, in the forms of `place_on_sphere`, which
         puts weights there at once; `retract` takes a few steps where they are far outside.
 
@@ -60,7 +64,8 @@ def hyperball(
     Raises:
       TypeError, ValueError: If inner is no transformation or a number is out of range; at
         `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
-        entry or is known to have norm zero, or inner's updates point against the gradients.
+        entry or is known to have norm zero, inner's updates point against the gradients, or
+        leaves without a group lack a learning rate.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -77,6 +82,7 @@ def hyperball(
     check_transformation("hyperball", inner)
     return chain(
         require_spheres("hyperball", groups),
+        require_other_rate("hyperball", groups, other_learning_rate),
         require_direction("hyperball", inner, groups),
         inner,
         normalize_updates(groups),

@@ -39,8 +39,8 @@ def adamh(
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. As published a group is a matrix,
         `per_layer()`, of stacked layers `RadialGroup((0,))`; finer groups keep a radius each.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`, but that is an angle, and too much for most.
+      other_learning_rate: That of leaves without a group, a number or a schedule. Where there
+        are such leaves it has to be given, as an angle is too much for most.
       nesterov: Whether to use Nesterov momentum, as in `optax.adam`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
@@ -53,7 +53,8 @@ def adamh(
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
-      >>> tx = so.adamh(0.1, groups={"kernel": so.per_layer(), "bias": None})
+      >>> groups = {"kernel": so.per_layer(), "bias": None}
+      >>> tx = so.adamh(0.1, groups=groups, other_learning_rate=1e-3)
       >>> params = {"kernel": jnp.array([[3., 4.]]), "bias": jnp.zeros(2)}
       >>> updates, _ = tx.update(params, tx.init(params), params)
       >>> jnp.linalg.norm(optax.apply_updates(params, updates)["kernel"])
@@ -97,8 +98,8 @@ def muonh(
       b2: Decay rate of Adam's second moment, in [0, 1).
       eps: Added to Adam's denominator.
       groups: See the module `spherical_optax.groups`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`, but that is an angle, and too much for most.
+      other_learning_rate: That of leaves without a group, a number or a schedule. Where there
+        are such leaves it has to be given, as an angle is too much for most.
       bias_correction: Whether the Nesterov momentum is corrected for its bias, as in
         `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.
       ns_steps: Newton-Schulz iterations.
@@ -113,7 +114,8 @@ def muonh(
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
-      >>> tx = so.muonh(0.1, groups={"kernel": so.per_layer(), "bias": None})
+      >>> groups = {"kernel": so.per_layer(), "bias": None}
+      >>> tx = so.muonh(0.1, groups=groups, other_learning_rate=1e-3)
       >>> params = {"kernel": 5 * jnp.eye(2), "bias": jnp.zeros(2)}
       >>> grads = {"kernel": jnp.array([[0., 1.], [1., 0.]]), "bias": jnp.ones(2)}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
