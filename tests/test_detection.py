@@ -14,6 +14,7 @@ from flax import nnx
 
 import spherical_optax as so
 from spherical_optax import _trees, geometry
+from spherical_optax.detection import _program
 from spherical_optax.detection._experiment import Experiment
 from spherical_optax.groups import radial_units
 
@@ -829,6 +830,17 @@ def test_progress():
     text = " ".join(lines)
     assert "gradient at point 4 of 4" in text
     assert "leaf 3 of 3: head/kernel" in text
+
+
+def test_a_scan_reads_what_the_iteration_before_left():
+    """Two values that change places twice: what is added to the third may be either."""
+
+    def fn(a, b, c):
+        swap = lambda carry, _: (carry[::-1], None)  # noqa: E731
+        (first, _), _ = jax.lax.scan(swap, (a, b), None, length=2)
+        return first + c
+
+    assert _program.sums(jax.make_jaxpr(fn)(1.0, 2.0, 3.0)) == [(0b011, 0b100)]
 
 
 def test_epsilons_are_found_inside_other_programs():
