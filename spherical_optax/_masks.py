@@ -28,7 +28,7 @@ def in_mask(who: str, mask: Mask, tree: Any) -> list[bool]:
     if nodes and all(callable(node) for node in nodes):  # a module may be callable: its leaves not
         mask = mask(tree)
     given = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(mask)}
-    if isinstance(given.get(()), bool) and leaves[0].keys:
+    if isinstance(given.get(()), bool | np.bool_) and leaves[0].keys:
         raise ValueError(
             f"{who}: expected mask to be a tree of booleans or a function, found {given[()]} for "
             "all parameters. For all of them leave mask out, for none set weight_decay=0; under "

@@ -1,4 +1,4 @@
-"""What mypy and pyright say of a user's program, held by `make lint`; nothing here is run."""
+"""What mypy and pyright say of a user's program, held by `make lint` and `make types`."""
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnnecessaryTypeIgnoreComment=true
 

@@ -70,8 +70,7 @@ def _same_values(a: Any, b: Any) -> bool:
 
 def without_epsilon(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """The program with small constants that are added to something made smaller still."""
-    rewritten: core.ClosedJaxpr = _rewritten(program)
-    return rewritten
+    return _rewritten(program)
 
 
 def _rewritten(value: Any) -> Any:

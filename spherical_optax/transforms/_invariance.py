@@ -133,11 +133,14 @@ def project_if_tangent(
             xx, gx, gg, px = map(jnp.atleast_1d, sums)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
-            far, *whole = _over_layers((~near).astype(xx.dtype), gx, gg, xx, px)
+            far, layer_gx, layer_gg, layer_xx, layer_px = _over_layers(
+                (~near).astype(xx.dtype), gx, gg, xx, px
+            )
             near_group = far == 0
-            near_layer = _cosine(*whole[:3]) < delta / math.sqrt(group_size(layer, x))
+            cosine = _cosine(layer_gx, layer_gg, layer_xx)
+            near_layer = cosine < delta / math.sqrt(group_size(layer, x))
             decay = weight_decay * jnp.where(near_group | near_layer, wd_ratio, 1)
-            off = _radial((px, xx), whole[3:1:-1], near_group, near_layer)
+            off = _radial((px, xx), (layer_px, layer_xx), near_group, near_layer)
             for i, group in unit.items():
                 _subtract(p, {i: i}, off - decay if decays[i] else off, x, {i: group})
             like = jax.typeof(xx)
@@ -145,8 +148,7 @@ def project_if_tangent(
                 v = {i: kept[place[i]] for i in part}
                 sums = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
                 vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
-                whole = _over_layers(vx, of_part)
-                off = _radial((vx, of_part), whole, near_group, near_layer)
+                off = _radial((vx, of_part), _over_layers(vx, of_part), near_group, near_layer)
                 _subtract(kept, place, off, x, part)
         for i in (i for i in elsewhere(units, p) if decays[i]):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
