@@ -1,8 +1,9 @@
 """Several sums over a group in one pass over memory."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -16,80 +17,127 @@ from spherical_optax.sharding import laid_out, manual_axes
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
-ROWS = 8  # more than 16 are not unrolled by XLA's CPU compiler, and not vectorized
-LANES = 8  # columns that a contiguous axis is cut into
-TILE, TILES = 1 << 15, 8  # entries, which the caches hold; at least so many, of a small array
+ROWS = 16  # more are not unrolled by XLA's CPU compiler, and not vectorized
+TURNS = 16  # of the loop that goes over the large arrays on a CPU
 WIDE = 1 << 14  # columns; above, XLA's CPU compiler makes even one sum slow, by 20 times
-SMALL = 1 << 16  # entries; below, the loop costs more than the passes
+SMALL = 1 << 16  # entries; below, nothing is gained on a CPU
 UNROLLED = 31  # rows; up to so many XLA's GPU compiler adds several sums up in one kernel
 FEW = 1 << 14  # entries; below, nothing is gained on a GPU
 
 
-def inners(
-    vectors: Sequence[dict[int, jax.Array]],
-    pairs: Sequence[Pair],
-    unit: Any,
-    *,
-    reduced: bool = False,
-) -> list[Any]:
-    """The inner products of a unit's groups for several pairs of vectors.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Remade:
+    """An array that can be made again of others, entry by entry.
 
-    As `geometry.inner` of each pair. XLA's CPU backend makes one pass for each, so there a loop
-    does it here; its GPU backend makes several, or stores the products, so there rows are added
-    up in parts. On TPU it is left to the compiler.
+    Attributes:
+      value: The array.
+      parts: The others, of its shape.
+      numbers: What else it is made of.
+      make: From such arrays, of any one shape, and the numbers to it.
+    """
 
-    Args:
-      vectors: Each a dictionary from leaf number to array.
+    value: jax.Array
+    parts: list[jax.Array]
+    numbers: list[jax.Array]
+    make: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+
+class Wanted(NamedTuple):
+    """Inner products of a unit's groups.
+
+    Attributes:
+      vectors: Each a dictionary from leaf number to array, or how it is made again.
       pairs: Which vectors to multiply, by their position.
       unit: From leaf number to `RadialGroup`.
-      reduced: Whether sums are made of what is returned, not only other values per group.
+      reduced: Whether sums are made of the products, not only other values per group.
+    """
+
+    vectors: Sequence[Mapping[int, jax.Array | Remade]]
+    pairs: Sequence[Pair]
+    unit: Mapping[int, RadialGroup]
+    reduced: bool = False
+
+
+def inners(wanted: Sequence[Wanted]) -> list[list[Any]]:
+    """The inner products of several units, as `geometry.inner` of each pair.
+
+    XLA's CPU backend makes one pass over memory for each, its GPU backend several, or it stores
+    the products. So rows are added up in parts, few at a time, for all products together; on a
+    CPU in a loop over all units, so that the parts stay in the caches, and all cores work. On
+    TPU it is left to the compiler.
 
     Returns:
-      One value per group for each pair, as from `geometry.inner`, all of the widest dtype.
+      For each unit one value per group for each pair, all of the widest dtype.
     """
-    accumulators = [geometry.accumulator(vector[i].dtype) for vector in vectors for i in unit]
-    dtype = max(accumulators, key=lambda each: jnp.finfo(each).bits)
-    totals: list[Any] = []
-    for i, group in unit.items():
-        sums = _of_leaf([vector[i] for vector in vectors], tuple(pairs), group, dtype, reduced)
-        if totals:
-            like = jax.typeof(totals[0])
-            sums = [laid_out(value, like.shape, like.sharding) for value in sums]
-            totals = [total + value for total, value in zip(totals, sums, strict=True)]
-        else:
-            totals = sums
+    leaves = []
+    for each in wanted:
+        arrays = [vector[i] for vector in each.vectors for i in each.unit]
+        accumulators = [geometry.accumulator(array.dtype) for array in arrays]
+        dtype = max(accumulators, key=lambda each: jnp.finfo(each).bits)
+        for i, group in each.unit.items():
+            arrays = [vector[i] for vector in each.vectors]
+            view = _view(arrays[0].shape, group)
+            leaves.append(_Leaf(arrays, tuple(each.pairs), group, dtype, view, each.reduced))
+    sums = iter(_of_leaves(leaves))
+    return [_total([next(sums) for _ in each.unit]) for each in wanted]
+
+
+def _total(of_leaves: list[list[jax.Array]]) -> list[jax.Array]:
+    """The sums over all leaves of a unit."""
+    totals, *others = of_leaves
+    for sums in others:
+        like = jax.typeof(totals[0])
+        sums = [laid_out(value, like.shape, like.sharding) for value in sums]
+        totals = [total + value for total, value in zip(totals, sums, strict=True)]
     return totals
 
 
-def _of_leaf(
-    arrays: list[jax.Array],
-    pairs: tuple[Pair, ...],
-    group: RadialGroup,
-    dtype: Any,
-    reduced: bool,
-) -> list[jax.Array]:
-    def plainly(*arrays: jax.Array) -> list[jax.Array]:
-        wide = [each.astype(dtype) for each in arrays]
-        return [geometry.inner(wide[i], wide[j], group) for i, j in pairs]
+class _Leaf(NamedTuple):
+    """What is wanted of one leaf, and the view in which it is added up."""
 
-    # An array over several devices would be gathered by the loop; inside shard_map what a loop
-    # carries must vary over the same axes as what is added.
+    arrays: Sequence[jax.Array | Remade]
+    pairs: tuple[Pair, ...]
+    group: RadialGroup
+    dtype: Any
+    view: "View"
+    reduced: bool
+
+
+def _of_leaves(leaves: list[_Leaf]) -> list[list[jax.Array]]:
+    def on(platform: Callable[[list[_Leaf]], Any]) -> Callable[..., Any]:
+        def sums(*arrays: Sequence[jax.Array]) -> Any:
+            pairs = zip(leaves, arrays, strict=True)
+            return platform([leaf._replace(arrays=own) for leaf, own in pairs])
+
+        return sums
+
+    arrays = [leaf.arrays for leaf in leaves]
+    # Parts of an array over several devices may lie on more than one.
     if jax.device_count() > 1 or manual_axes():
-        return plainly(*arrays)
-    view = _view(arrays[0].shape, group)
-    tiles, rows = _tiles(view), _rows(view)
-    if len(pairs) == 1 and not (tiles and tiles.shape[-1] > WIDE):  # one pass already
-        return plainly(*arrays)
-    platforms: dict[str, Any] = {}
-    if tiles:
-        platforms["cpu"] = lambda *arrays: _in_tiles(arrays, pairs, group, dtype, view, tiles)
-    if rows and len(pairs) > 1:
-        platforms["cuda"] = lambda *arrays: _in_parts(
-            arrays, pairs, group, dtype, view, rows, reduced
-        )
-    if not platforms:
-        return plainly(*arrays)
-    return lax.platform_dependent(*arrays, **platforms, default=plainly)
+        return on(_plainly)(*arrays)
+    platforms = {"cpu": on(_on_cpu), "cuda": on(_on_gpu)}
+    return lax.platform_dependent(*arrays, **platforms, default=on(_plainly))
+
+
+def _value(x: jax.Array | Remade) -> jax.Array:
+    return x.value if isinstance(x, Remade) else x
+
+
+def _plainly(leaves: list[_Leaf]) -> list[list[jax.Array]]:
+    found = []
+    for leaf in leaves:
+        wide = [_value(each).astype(leaf.dtype) for each in leaf.arrays]
+        found.append([geometry.inner(wide[i], wide[j], leaf.group) for i, j in leaf.pairs])
+    return found
 
 
 class View(NamedTuple):
@@ -169,29 +217,33 @@ def _rows(view: View) -> int | None:
     return rows if rows >= 8 else None
 
 
-def _in_parts(
-    arrays: Sequence[jax.Array],
-    pairs: tuple[Pair, ...],
-    group: RadialGroup,
-    dtype: Any,
-    view: View,
-    rows: int,
-    reduced: bool = False,
-) -> list[jax.Array]:
+def _on_gpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
+    return [
+        _in_parts(leaf, rows)
+        if (rows := _rows(leaf.view)) and len(leaf.pairs) > 1
+        else _plainly([leaf])[0]
+        for leaf in leaves
+    ]
+
+
+def _in_parts(leaf: _Leaf, rows: int) -> list[jax.Array]:
     """All sums of a few rows in one kernel, which reads each array once; then those of these."""
-    outer, summed, columns = view.shape
-    parts = [each.reshape(outer, summed // rows, rows, columns).astype(dtype) for each in arrays]
-    sums = [(parts[i] * parts[j]).sum(2) for i, j in pairs]
+    (outer, summed, columns), shape = leaf.view.shape, leaf.arrays[0].shape
+    parts = [
+        _value(each).reshape(outer, summed // rows, rows, columns).astype(leaf.dtype)
+        for each in leaf.arrays
+    ]
+    sums = [(parts[i] * parts[j]).sum(2) for i, j in leaf.pairs]
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
-    if reduced or _more(view, len(arrays[0].shape), group):
+    if leaf.reduced or _more(leaf.view, len(shape), leaf.group):
         totals = sums_together(sums, 1)
-        return _finish(totals, arrays[0].shape, view, group)
+        return _finish(totals, shape, leaf.view, leaf.group)
     # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
     few = max(each for each in range(1, UNROLLED + 1) if summed // rows % each == 0)
     slices = [jnp.unstack(each.reshape(outer, -1, few, columns), axis=1) for each in sums]
     totals = [functools.reduce(jnp.add, (part.sum(1) for part in each)) for each in slices]
-    return _finish(totals, arrays[0].shape, view, group)
+    return _finish(totals, shape, leaf.view, leaf.group)
 
 
 def once(x: jax.Array) -> jax.Array:
@@ -201,97 +253,136 @@ def once(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 
+def again(x: jax.Array | Remade) -> jax.Array:
+    """The array, made again where that takes less memory than to keep it."""
+    if not isinstance(x, Remade):
+        return x
+    return lax.platform_dependent(x, cpu=lambda x: x.make(x.parts, x.numbers), default=_value)
+
+
 # --- on CPU -------------------------------------------------------------------------------
 
 
-class Tiles(NamedTuple):
-    """How a view is cut.
+class _Job(NamedTuple):
+    """A leaf's part in the loop over all large leaves.
 
     Attributes:
-      shape: Of the view, with contiguous columns where it had one.
-      tile: Of a tile. What is left over of the summed entries is in none.
-      rows: In how many parts a tile's entries are added up first.
-      folded: Whether the columns are parts of each sum: an axis that is contiguous is cut, as
-        adding up along it is not vectorized.
+      start: What it carries at first.
+      step: From the number of the turn, and what is carried, to what is carried then.
+      end: From what is carried at last to the sums over the view's rows.
     """
 
-    shape: tuple[int, int, int]
-    tile: tuple[int, int, int]
-    rows: int
-    folded: bool
+    start: list[jax.Array]
+    step: Callable[[Any, list[jax.Array]], list[jax.Array]]
+    end: Callable[[list[jax.Array]], list[jax.Array]]
 
 
-def _tiles(view: View) -> Tiles | None:
-    """How to cut an array, if it is worth it."""
-    outer, summed, columns = view.shape
-    size = math.prod(view.shape)
-    folded = columns == 1
-    if folded:
-        columns = math.gcd(summed, LANES)
-        summed //= columns
-    rows = min(ROWS, summed)
-    if size < SMALL or rows < (4 if folded else 2):
-        return None
-    entries = min(TILE, size // TILES)
-    width = min(columns, entries // rows)
-    least = math.ceil(summed * width / entries)
-    height = max(summed // (least * rows), 1) * rows
-    depth = 1
-    if summed // height == 1 and width == columns:
-        depth = min(outer, max(1, entries // (summed * columns)))
-    return Tiles((outer, summed, columns), (depth, height, width), rows, folded)
+def _on_cpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
+    """All sums, those of large leaves in one loop, in whose turns all cores find work."""
+    found: list[Any] = [None] * len(leaves)
+    jobs: dict[int, _Job] = {}
+    for n, leaf in enumerate(leaves):
+        outer, summed, columns = leaf.view.shape
+        if math.prod(leaf.view.shape) < SMALL or (len(leaf.pairs) == 1 and columns <= WIDE):
+            [found[n]] = _plainly([leaf])
+        elif outer >= TURNS:
+            jobs[n] = _by_groups(leaf)
+        elif summed >= TURNS * ROWS // 2:
+            jobs[n] = _by_rows(leaf)
+        else:
+            found[n] = _finished(leaf, _in_turn(_products(leaf, _flat(leaf)), columns))
+
+    def turn(count: Any, carried: dict[int, list[jax.Array]]) -> dict[int, list[jax.Array]]:
+        return {n: job.step(count, carried[n]) for n, job in jobs.items()}
+
+    carried = {n: job.start for n, job in jobs.items()}
+    carried = lax.fori_loop(0, TURNS, turn, carried) if jobs else {}
+    for n, job in jobs.items():
+        found[n] = _finished(leaves[n], job.end(carried[n]))
+    return found
 
 
-def _in_tiles(
-    arrays: Sequence[jax.Array],
-    pairs: tuple[Pair, ...],
-    group: RadialGroup,
-    dtype: Any,
-    view: View,
-    tiles: Tiles,
-) -> list[jax.Array]:
-    (outer, summed, columns), (depth, height, width) = tiles.shape, tiles.tile
-    down, across = summed // height, math.ceil(columns / width)
+def _by_rows(leaf: _Leaf) -> _Job:
+    """Adds up a few rows of each group in a turn."""
+    (outer, summed, columns), flat = leaf.view.shape, _flat(leaf)
+    rows = max(range(ROWS // 2, ROWS + 1), key=lambda each: (summed // (TURNS * each) * each, each))
+    entries = summed // (TURNS * rows) * columns
+    used = TURNS * rows * entries
 
-    def sums_of(corner: tuple[Any, ...]) -> jax.Array:
-        tile = [
-            lax.dynamic_slice(each, corner, tiles.tile)
-            .reshape(depth, tiles.rows, -1, width)
-            .astype(dtype)
-            for each in views
-        ]
-        products = tuple(tile[i] * tile[j] for i, j in pairs)
-        found = jnp.stack([each.sum(1) for each in sums_together(products, 1)])
-        return found.sum(-1, keepdims=True) if tiles.folded else found
+    def step(count: Any, totals: list[jax.Array]) -> list[jax.Array]:
+        size = rows * entries
+        parts = [lax.dynamic_slice_in_dim(x, count * size, size, 1) for x in flat]
+        parts = [x.reshape(outer, rows, entries) for x in parts]
+        return _added(totals, sums_together(_products(leaf, parts), 1))
 
-    def one_place(count: Any, totals: jax.Array) -> jax.Array:
-        return totals + sums_of((0, count * height, 0))
+    def end(totals: list[jax.Array]) -> list[jax.Array]:
+        sums, rest = _in_turn(totals, columns), [x[:, used:] for x in flat]
+        return _added(sums, _in_turn(_products(leaf, rest), columns)) if rest[0].size else sums
 
-    def all_places(count: Any, totals: jax.Array) -> jax.Array:
-        row, place = count % down, count // down
-        # Slices are clamped: the last one of an axis lies over the one before it.
-        above, left = place // across * depth, place % across * width
-        found = sums_of((above, row * height, left))
-        if down > 1:
-            so_far = lax.dynamic_slice(totals, (0, above, left), found.shape)
-            found = found + jnp.where(row == 0, 0, so_far)
-        return lax.dynamic_update_slice(totals, found, (0, above, left))
+    zeros = jnp.zeros((outer, entries), leaf.dtype)
+    return _Job([zeros] * len(leaf.pairs), step, end)
 
-    views = [each.reshape(tiles.shape) for each in arrays]
-    places = math.ceil(outer / depth) * across
-    zeros = jnp.zeros((len(pairs), outer, 1 if tiles.folded else columns), dtype)
-    totals = lax.fori_loop(0, places * down, all_places if places > 1 else one_place, zeros)
 
-    shape, (start, stop) = arrays[0].shape, (view.start, view.stop)
-    found = _finish(list(totals), shape, view, group)
-    if down * height == summed:
-        return found
-    left_over = [
-        each[:, down * height :].reshape(*shape[:start], -1, *shape[stop:]).astype(dtype)
-        for each in views
+def _by_groups(leaf: _Leaf) -> _Job:
+    """Adds up all rows of a few groups in a turn."""
+    (outer, _, columns), flat = leaf.view.shape, _flat(leaf)
+    size = outer // TURNS
+
+    def placed(totals: list[jax.Array], parts: list[jax.Array], start: Any) -> list[jax.Array]:
+        sums = zip(totals, _in_turn(_products(leaf, parts), columns), strict=True)
+        return [lax.dynamic_update_slice_in_dim(total, each, start, 0) for total, each in sums]
+
+    def step(count: Any, totals: list[jax.Array]) -> list[jax.Array]:
+        parts = [lax.dynamic_slice_in_dim(x, count * size, size, 0) for x in flat]
+        return placed(totals, parts, count * size)
+
+    def end(totals: list[jax.Array]) -> list[jax.Array]:
+        rest = [x[TURNS * size :] for x in flat]
+        return placed(totals, rest, TURNS * size) if rest[0].size else totals
+
+    zeros = jnp.zeros((outer, columns), leaf.dtype)
+    return _Job([zeros] * len(leaf.pairs), step, end)
+
+
+def _in_turn(terms: Sequence[jax.Array], columns: int) -> list[jax.Array]:
+    """Sums over rows: of a few, far apart, in one kernel; then, in the same way, of what is left.
+
+    Args:
+      terms: Of shape (outer, rows times columns).
+      columns: Entries of a row.
+    """
+    left_over = []
+    while (summed := terms[0].shape[1] // columns) > 1:
+        rows = next((each for each in range(ROWS, 7, -1) if summed % each == 0), min(ROWS, summed))
+        used = summed // rows * rows * columns
+        if summed % rows:
+            left_over.append(_in_turn([x[:, used:] for x in terms], columns))
+        parts = [x[:, :used].reshape(x.shape[0], rows, -1) for x in terms]
+        terms = sums_together(parts, 1)
+    return functools.reduce(_added, left_over, list(terms))
+
+
+def _flat(leaf: _Leaf) -> list[jax.Array]:
+    parts = [part for x in leaf.arrays for part in (x.parts if isinstance(x, Remade) else [x])]
+    return [part.reshape(leaf.view.shape[0], -1) for part in parts]
+
+
+def _products(leaf: _Leaf, flat: Sequence[jax.Array]) -> list[jax.Array]:
+    """The products of a leaf's arrays, of corresponding pieces of what `_flat` returns."""
+    pieces = iter(flat)
+    made = [
+        x.make([next(pieces) for _ in x.parts], x.numbers)
+        if isinstance(x, Remade)
+        else next(pieces)
+        for x in leaf.arrays
     ]
-    rest = _without(stop - start - 1, len(shape), view, group)
-    return [
-        total + geometry.inner(left_over[i], left_over[j], rest)
-        for total, (i, j) in zip(found, pairs, strict=True)
-    ]
+    wide = [x.astype(leaf.dtype) for x in made]
+    return [wide[i] * wide[j] for i, j in leaf.pairs]
+
+
+def _added(totals: Sequence[jax.Array], more: Sequence[jax.Array]) -> list[jax.Array]:
+    return [total + each for total, each in zip(totals, more, strict=True)]
+
+
+def _finished(leaf: _Leaf, sums: Sequence[jax.Array]) -> list[jax.Array]:
+    return _finish(sums, leaf.arrays[0].shape, leaf.view, leaf.group)

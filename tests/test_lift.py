@@ -10,7 +10,7 @@ from trajectory import run
 
 import spherical_optax as so
 from spherical_optax._masks import in_groups
-from spherical_optax.transforms import _lift
+from spherical_optax.transforms import _alike, _lift
 
 SCHEDULE = optax.linear_schedule(0.2, 0.05, 4)
 
@@ -135,10 +135,13 @@ def test_state_is_that_of_a_chain():
 )
 def test_sums_in_one_pass_and_no_more_than_needed(tx, pairs, monkeypatch):
     asked = []
-    inners = _lift.inners
-    monkeypatch.setattr(
-        _lift, "inners", lambda v, pairs, unit: asked.append(len(pairs)) or inners(v, pairs, unit)
-    )
+    inners = _alike.inners
+
+    def asking(wanted):
+        asked.extend(len(each.pairs) for each in wanted)
+        return inners(wanted)
+
+    monkeypatch.setattr(_alike, "inners", asking)
     params = tree_of({"a": (3, 4), "b": (5, 2)}, 0, "float32")
     tx.update(params, tx.init(params), params)
     assert asked == [pairs] * 2
@@ -198,3 +201,26 @@ def test_nan_stays_visible_and_in_its_group(tx, of_all):
     bad = jnp.isnan(updates["w"])
     assert bad[:, 1].all() if of_all else bad[0, 1]
     assert not bad[:, np.array([0, 2, 3])].any()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_direction_made_again(nesterov, x64):
+    """Adam's follows from its new moments, and is not kept; Nesterov's does not."""
+    inner, groups = optax.scale_by_adam(nesterov=nesterov), so.per_filter()
+    params, grads = tree_of({"w": (1024, 96)}, 0), tree_of({"w": (1024, 96)}, 1)
+    parts = (inner, so.normalize_updates(groups), optax.scale(-0.1), so.retract(groups))
+    results, memory = [], []
+    for tx in (so.hyperball(inner, 0.1, groups=groups), optax.chain(*parts)):
+
+        def step(params, state, grads, tx=tx):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state, x = tx.init(params), params
+        compiled = jax.jit(step).lower(params, state, grads).compile()
+        memory.append(compiled.memory_analysis().temp_size_in_bytes / params["w"].nbytes)
+        for _ in range(3):
+            x, state = compiled(x, state, grads)
+        results.append(x["w"])
+    np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-12)
+    assert memory[0] > 1 if nesterov else memory[0] < 0.2

@@ -43,33 +43,36 @@ def test_equal_to_the_composition(name, case, x64):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
-# From shape and group to the tile of the view (outer, summed, columns).
-TILES = {
-    "layer": ((512, 160), so.per_layer(), (1, 64, 160)),
-    "blocks": ((773, 96), so.per_channel_block(4), (1, 96, 96)),
-    "wide": ((24, 5001), so.per_filter(), (1, 8, 1875)),
-    "wide, few rows": ((3, 40000), so.per_filter(), (1, 3, 5000)),
-    "short rows": ((1101, 64), so.RadialGroup((0,)), (137, 8, 8)),
-    "stacked layers": ((3, 203, 112), so.RadialGroup((0, -1)), (1, 64, 112)),
-    "output channels first": ((64, 115, 3, 3), so.RadialGroup((0,)), (8, 1032, 1)),
-    "vector": ((70001,), so.per_layer(), (1, 7776, 1)),
+LARGE = {
+    "layer": ((512, 160), so.per_layer()),
+    "blocks": ((773, 96), so.per_channel_block(4)),
+    "wide": ((24, 5001), so.per_filter()),
+    "wide, few rows": ((3, 40000), so.per_filter()),
+    "short rows": ((1101, 64), so.RadialGroup((0,))),
+    "stacked layers": ((3, 203, 112), so.RadialGroup((0, -1))),
+    "output channels first": ((64, 115, 3, 3), so.RadialGroup((0,))),
+    "vector": ((70001,), so.per_layer()),
+    "rows of a prime number": ((131, 509), so.per_filter()),
 }
 
 
 def test_sums_in_one_pass(x64):
-    """Of arrays as they are cut: in tiles that overlap, and with entries left over."""
+    """Of arrays as they are cut on a CPU: by rows and by groups, and with entries left over."""
     rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
     vectors = [
-        {i: jnp.asarray(rng.normal(size=shape)) for i, (shape, *_) in enumerate(TILES.values())}
+        {i: jnp.asarray(rng.normal(size=shape)) for i, (shape, _) in enumerate(LARGE.values())}
         for _ in range(2)
     ]
-    groups = [group for _, group, _ in TILES.values()]
-    for shape, group, tile in TILES.values():
-        assert _sums._tiles(_sums._view(shape, group)).tile == tile
+    groups = [group for _, group in LARGE.values()]
+    for shape, _ in LARGE.values():
+        assert np.prod(shape) >= _sums.SMALL
+
+    def wanted(vectors):
+        return [_sums.Wanted(vectors, pairs, {i: group}) for i, group in enumerate(groups)]
 
     @jax.jit
     def sums(vectors):
-        return [_sums.inners(vectors, pairs, {i: group}) for i, group in enumerate(groups)]
+        return _sums.inners(wanted(vectors))
 
     for n, found in enumerate(sums(vectors)):
         for (i, j), value in zip(pairs, found, strict=True):
@@ -79,6 +82,20 @@ def test_sums_in_one_pass(x64):
     grad = jax.jit(jax.grad(lambda x: sum(map(jnp.sum, jax.tree.leaves(sums([x, y]))))))
     for n, found in grad(x).items():
         np.testing.assert_allclose(found, 2 * x[n] + y[n], rtol=1e-12)
+
+    @jax.jit
+    def made_again(vectors):
+        x, y = vectors
+        half = {
+            i: _sums.Remade(
+                0 * y[i], [y[i] / 2], [2.0], lambda parts, numbers: parts[0] * numbers[0]
+            )
+            for i in y
+        }
+        return _sums.inners(wanted([x, half]))
+
+    for ours, theirs in zip(made_again(vectors), sums(vectors), strict=True):
+        np.testing.assert_allclose(jnp.stack(ours), jnp.stack(theirs), rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +116,7 @@ def test_sums_in_parts(shape, group, rows, reduced, x64):
     assert _sums._rows(view) == rows
 
     def in_parts(x, y):
-        return _sums._in_parts((x, y), pairs, group, "float64", view, rows, reduced)
+        return _sums._in_parts(_sums._Leaf([x, y], pairs, group, "float64", view, reduced), rows)
 
     for (i, j), value in zip(pairs, jax.jit(in_parts)(x, y), strict=True):
         expected = geometry.inner(arrays[i], arrays[j], group)
@@ -114,7 +131,8 @@ def test_sums_in_parts(shape, group, rows, reduced, x64):
 def test_each_platform_gets_its_sums():
     """A loop on CPU, parts on a GPU, and what the compiler makes of it on TPU."""
     x, group = jax.ShapeDtypeStruct((1024, 96), "float32"), so.per_filter()
-    traced = jax.jit(lambda x: _sums.inners([{0: x}], [(0, 0)] * 2, {0: group})).trace(x)
+    wanted = lambda x: [_sums.Wanted([{0: x}], [(0, 0)] * 2, {0: group})]  # noqa: E731
+    traced = jax.jit(lambda x: _sums.inners(wanted(x))).trace(x)
     found = {}
     for platform in ("cpu", "cuda", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -123,12 +141,12 @@ def test_each_platform_gets_its_sums():
 
 
 def test_the_gradient_of_sums_in_one_pass(x64):
-    shape, group, _ = TILES["blocks"]
+    shape, group = LARGE["blocks"]
     x, y = (tree_of({"w": shape}, seed)["w"] for seed in (0, 1))
     c = jnp.arange(4.0)
 
     def weighted(x, y):
-        xx, xy = _sums.inners([{0: x}, {0: y}], [(0, 0), (0, 1)], {0: group})
+        [[xx, xy]] = _sums.inners([_sums.Wanted([{0: x}, {0: y}], [(0, 0), (0, 1)], {0: group})])
         return (c * (xx + xy)).sum()
 
     found = jax.jit(jax.grad(weighted))(x, y)
@@ -140,10 +158,11 @@ def test_a_loop_where_single_passes_are_slow():
 
     def loops(shape, pairs):
         x, group = jax.ShapeDtypeStruct(shape, "float32"), so.per_filter()
-        sums = jax.jit(lambda x: _sums.inners([{0: x}], [(0, 0)] * pairs, {0: group}))
+        wanted = lambda x: [_sums.Wanted([{0: x}], [(0, 0)] * pairs, {0: group})]  # noqa: E731
+        sums = jax.jit(lambda x: _sums.inners(wanted(x)))
         return " while(" in sums.lower(x).compile().as_text()
 
-    assert loops((16, 40000), 1)
+    assert loops((128, 40000), 1)
     assert not loops((1024, 96), 1)
     assert loops((1024, 96), 2)
 

@@ -9,7 +9,7 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax._sums import inners
+from spherical_optax._sums import Wanted
 from spherical_optax.groups import Groups, group_size
 from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._pair import (
@@ -119,22 +119,26 @@ def scale_by_adams(
         count = optax.safe_increment(state.count)
         units = present(units, g, like)
 
-        def step(unit: Unit, g: Any, mu: Any, nu: Any) -> dict[int, Any]:
+        def plan(unit: Unit, g: Any, mu: Any, nu: Any) -> Any:
             grads = {i: geometry.wide(g[i]) for i in unit}
-            m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
-            v = nu[next(iter(unit))]
-            [square] = inners((grads,), [(0, 0)], unit)
-            v = (1 - b2) * square.astype(v.dtype) + b2 * v
-            first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
-            size = group_size(unit, g) if sqrt_dim else 1
-            denominator = geometry.safe_sqrt(v / second) + eps
-            scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
-            return {
-                i: (scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept)
-                for i, kept in per_leaf(v, unit, nu).items()
-            }
 
-        for unit, found in map_units(step, units, g, mu, nu):
+            def finish(sums: list[Any]) -> dict[int, Any]:
+                m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
+                v = nu[next(iter(unit))]
+                [square] = sums
+                v = (1 - b2) * square.astype(v.dtype) + b2 * v
+                first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
+                size = group_size(unit, g) if sqrt_dim else 1
+                denominator = geometry.safe_sqrt(v / second) + eps
+                scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
+                return {
+                    i: (scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept)
+                    for i, kept in per_leaf(v, unit, nu).items()
+                }
+
+            return Wanted([grads], [(0, 0)], unit), finish
+
+        for unit, found in map_units(plan, units, g, mu, nu):
             for i in unit:
                 g[i], mu[i], nu[i] = found[i]
 

@@ -1,5 +1,6 @@
 """AdamP's projection: where gradients look tangent, updates are made so."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
-from spherical_optax._sums import inners, once, sums_together
+from spherical_optax._sums import Wanted, again, inners, once, sums_together
 from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out
 from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
+from spherical_optax.transforms._remade import with_remade
 from spherical_optax.transforms._transport import (
     Names,
     check_moments,
@@ -117,19 +119,26 @@ def project_if_tangent(
     ) -> tuple[optax.Updates, ProjectIfTangentState]:
         check_type("project_if_tangent", state, ProjectIfTangentState)
         units, x, (g,), _ = pair("project_if_tangent", groups, params, updates)
-        updates, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
+        inner_update = functools.partial(wrapped.update, **extra_args)
+        updates, inner_state, remade = with_remade(inner_update, updates, state.inner_state, params)
         p, unflatten = aligned("project_if_tangent", params, updates)
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask("project_if_tangent", mask, params)
         units = present(units, g, params)
-        for i in (i for unit in units for i in unit):
-            # XLA would read both moments again in two kernels, to make the update of them.
-            p[i] = once(p[i])
-        for unit in units:
-            pairs = [(0, 0), (1, 0), (1, 1), (2, 0)]
-            arrays = (pick(unit, x), pick(unit, g), pick(unit, p))
-            sums = inners(arrays, pairs, unit, reduced=True)
+        # XLA's GPU compiler would read both moments again in two kernels, to make the update.
+        given = {i: remade.get(id(p[i])) or once(p[i]) for unit in units for i in unit}
+        p = [again(given[i]) if i in given else leaf for i, leaf in enumerate(p)]
+        asked = [
+            Wanted(
+                [pick(unit, leaves) for leaves in (x, g, given)],
+                [(0, 0), (1, 0), (1, 1), (2, 0)],
+                unit,
+                reduced=True,
+            )
+            for unit in units
+        ]
+        for unit, sums in zip(units, inners(asked), strict=True):
             xx, gx, gg, px = map(jnp.atleast_1d, sums)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
@@ -146,7 +155,7 @@ def project_if_tangent(
             like = jax.typeof(xx)
             for place, part in fields_of(unit, fields, kept):
                 v = {i: kept[place[i]] for i in part}
-                sums = inners((v, pick(part, x)), [(0, 1), (1, 1)], part)
+                [sums] = inners([Wanted([v, pick(part, x)], [(0, 1), (1, 1)], part)])
                 vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
                 off = _radial((vx, of_part), _over_layers(vx, of_part), near_group, near_layer)
                 _subtract(kept, place, off, x, part)

@@ -5,6 +5,7 @@ the arrays twice: for the inner products that the steps ask for, and for the com
 they return. Neighbours in a `chain` are lifted together, and share the two passes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._sums import inners, once
+from spherical_optax._sums import Remade, Wanted, again, once
 from spherical_optax.groups import group_size
 from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._pair import check_type, pair, per_entry
+from spherical_optax.transforms._remade import with_remade
 from spherical_optax.transforms._span import OnGroup, Space, Step, Vector, shared
 from spherical_optax.transforms._units import Unit, per_leaf, present
 
@@ -27,31 +29,26 @@ class Lifted(optax.GradientTransformationExtraArgs):
     """A transformation that is a step in each group, and can be lifted with its neighbours."""
 
     step: Step
+    after: Callable[..., tuple[Any, Any]]
+    """Its update, of updates, state, params and those updates that can be made again."""
 
 
-def lift(
-    step: Step, alone: optax.GradientTransformation | None = None, *, fresh: bool = False
-) -> Lifted:
+def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifted:
     """The transformation that a step is.
 
     Args:
       step: The step.
       alone: The same transformation, with an update that is to be preferred where it is not
         lifted with neighbours.
-      fresh: Whether the updates come from a part of the same chain, which may be worth storing.
     """
     kinds: list[Any]
     treedef: Any
     kinds, treedef = jax.tree.flatten(step.kinds)
     places = [place for place, kind in enumerate(kinds) if kind is not shared]
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra_args
+    def after(
+        updates: Any, state: Any, params: Any, remade: dict[int, Remade] | None = None
+    ) -> tuple[Any, Any]:
         if step.kinds is not shared:
             check_type(step.who, state, type(step.kinds))
         before = pair(step.who, step.groups, params, updates, movable=step.movable).leaves[0]
@@ -62,8 +59,9 @@ def lift(
             step.who, step.groups, params, updates, *trees, movable=step.movable
         )
 
-        def of_unit(unit: Unit, w: Any, x: Any, *parts: Any) -> dict[int, Any]:
-            w = {i: once(leaf) for i, leaf in w.items()} if fresh else w
+        def plan(unit: Unit, w: Any, x: Any, *parts: Any) -> Any:
+            if remade is not None:  # made by a part of the same chain, and worth storing
+                w = {i: remade.get(id(leaf)) or once(leaf) for i, leaf in w.items()}
             given, arrays = list(fields), {"update": w, "point": x}
             for place, part in zip(places, parts, strict=True):
                 given[place] = part[next(iter(unit))]
@@ -78,20 +76,27 @@ def lift(
                 )
                 return result, treedef.flatten_up_to(new)
 
-            result, found = run(_space(run, arrays, unit))
-            made: dict[Any, Any] = dict(arrays)
-            new = [_combined(made, result, unit, w)]
-            for place, part in zip(places, parts, strict=True):
-                if kinds[place] is per_entry:
-                    new.append(_combined(made, found[place], unit, part))
-                elif found[place] is given[place]:
-                    new.append(part)
-                else:
-                    new.append(per_leaf(found[place], unit, part))
-            return {i: [each[i] for each in new] for i in unit}
+            def finish(sums: list[Any]) -> dict[int, Any]:
+                products = dict(zip(wanted, sums, strict=True))
+                result, found = run(space._replace(product=lambda *pair: products[pair]))
+                made: dict[Any, Any] = dict(arrays)
+                new = [_combined(made, result, unit, w)]
+                for place, part in zip(places, parts, strict=True):
+                    if kinds[place] is per_entry:
+                        new.append(_combined(made, found[place], unit, part))
+                    elif found[place] is given[place]:
+                        new.append(part)
+                    else:
+                        new.append(per_leaf(found[place], unit, part))
+                return {i: [each[i] for each in new] for i in unit}
+
+            space, wanted = _asked(run, arrays, unit)
+            names = list(arrays)
+            pairs = [(names.index(i), names.index(j)) for i, j in wanted]
+            return Wanted(list(arrays.values()), pairs, unit), finish
 
         units = present(units, before, params)
-        for unit, found in map_units(of_unit, units, before, x, *lists):
+        for unit, found in map_units(plan, units, before, x, *lists):
             for i in unit:
                 for leaves, leaf in zip((after, *lists), found[i], strict=True):
                     leaves[i] = leaf
@@ -100,39 +105,43 @@ def lift(
             fields[place] = tree
         return updates, treedef.unflatten(fields)
 
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        return after(updates, state, params)
+
     lifted = Lifted(step.init, optax.with_extra_args_support(alone).update if alone else update)
-    lifted.step = step
+    lifted.step, lifted.after = step, after
     return lifted
 
 
-def _space(run: Callable[[Space], Any], arrays: dict[str, Any], unit: Unit) -> Space:
-    """The space of a unit's arrays, with the inner products that a run asks for."""
+def _asked(
+    run: Callable[[Space], Any], arrays: dict[str, Any], unit: Unit
+) -> tuple[Space, list[tuple[str, str]]]:
+    """The space of a unit's arrays, and the inner products in it that a run asks for."""
     infos = {name: [jnp.finfo(x.dtype) for x in each.values()] for name, each in arrays.items()}
     like = jax.eval_shape(lambda x: geometry.norm(x, unit), arrays["point"])
     kept = max(float(info.eps) for name in infos if name != "point" for info in infos[name])
-    space = Space(
-        product=lambda *pair: found[pair],
-        size=group_size(unit, arrays["point"]),
-        lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
-        dtype=min(infos["update"], key=lambda info: info.bits).dtype,
-    )
-    wanted: dict[Any, None] = {}
+    wanted: dict[tuple[str, str], None] = {}
 
-    def tried(one: jax.Array) -> tuple[()]:
+    def tried(one: jax.Array) -> Space:
         def product(*pair: str) -> jax.Array:
-            wanted[pair] = None
+            wanted[pair] = None  # type: ignore[index]
             return one
 
-        run(space._replace(product=product))
-        return ()
+        return Space(
+            product=product,
+            size=group_size(unit, arrays["point"]),
+            lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
+            dtype=min(infos["update"], key=lambda info: info.bits).dtype,
+        )
 
-    jax.eval_shape(tried, like)
-    names = list(arrays)
-    pairs = [(names.index(i), names.index(j)) for i, j in wanted]
-    found: dict[Any, jax.Array] = dict(
-        zip(wanted, inners(list(arrays.values()), pairs, unit), strict=True)
-    )
-    return space
+    jax.eval_shape(lambda one: run(tried(one)) and (), like)
+    return tried(like), list(wanted)
 
 
 def _combined(made: dict[Any, Any], vector: Vector, unit: Unit, like: Any) -> dict[int, Any]:
@@ -147,7 +156,7 @@ def _made(made: dict[Any, Any], vector: str | Vector, unit: Unit) -> dict[int, A
         for part, coefficient in vector.parts.items():  # type: ignore[union-attr]
             arrays = _made(made, part, unit)
             for i, group in unit.items():
-                term = geometry.wide(arrays[i])
+                term = geometry.wide(again(arrays[i]))
                 if not (isinstance(coefficient, int) and coefficient == 1):
                     each = once(jnp.asarray(coefficient, term.dtype))
                     term = term * (geometry.spread(each, term, group) if each.ndim else each)
@@ -170,8 +179,7 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
         else:
             runs.append([part])
     joined = [
-        lift(_in_turn([part.step for part in run]), fresh=n > 0) if len(run) > 1 else run[0]
-        for n, run in enumerate(runs)
+        lift(_in_turn([part.step for part in run])) if len(run) > 1 else run[0] for run in runs
     ]
     if len(joined) == 1:
         return joined[0]
@@ -192,12 +200,16 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
                 f"{len(state)}: it was made by another chain; call init of this one."
             )
         states: list[Any] = []
-        for run, tx in zip(runs, wrapped, strict=True):
-            mine = tuple(state[len(states) : len(states) + len(run)])
-            updates, new = tx.update(
-                updates, mine if len(run) > 1 else mine[0], params, **extra_args
-            )
-            states += new if len(run) > 1 else [new]
+        remade: dict[int, Remade] | None = None
+        for n, (run, tx) in enumerate(zip(runs, wrapped, strict=True)):
+            update = functools.partial(tx.update, **extra_args)
+            mine: Any = tuple(state[len(states) : len(states) + len(run)])
+            if len(run) > 1:
+                updates, mine = joined[n].after(updates, mine, params, remade)
+            else:
+                updates, mine, new = with_remade(update, updates, mine[0], params)
+                remade = (remade or {}) | new
+            states += mine if len(run) > 1 else [mine]
         return updates, tuple(states)
 
     return optax.GradientTransformationExtraArgs(init, update)
