@@ -12,7 +12,7 @@ from jax import lax
 
 from spherical_optax import geometry
 from spherical_optax.groups import RadialGroup
-from spherical_optax.sharding import laid_out, manual_axes
+from spherical_optax.sharding import laid_out, on_one_device
 
 Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
@@ -113,31 +113,37 @@ class _Leaf(NamedTuple):
 
 
 def _of_leaves(leaves: list[_Leaf]) -> list[list[jax.Array]]:
+    # Parts of an array over several devices may lie on more than one.
+    parted = [n for n, leaf in enumerate(leaves) if on_one_device() and _is_parted(leaf)]
+    found = {n: _plainly(leaf) for n, leaf in enumerate(leaves) if n not in parted}
+
     def on(platform: Callable[[list[_Leaf]], Any]) -> Callable[..., Any]:
         def sums(*arrays: Sequence[jax.Array]) -> Any:
-            pairs = zip(leaves, arrays, strict=True)
-            return platform([leaf._replace(arrays=own) for leaf, own in pairs])
+            pairs = zip(parted, arrays, strict=True)
+            return platform([leaves[n]._replace(arrays=own) for n, own in pairs])
 
         return sums
 
-    arrays = [leaf.arrays for leaf in leaves]
-    # Parts of an array over several devices may lie on more than one.
-    if jax.device_count() > 1 or manual_axes():
-        return on(_plainly)(*arrays)
-    platforms = {"cpu": on(_on_cpu), "cuda": on(_on_gpu)}
-    return lax.platform_dependent(*arrays, **platforms, default=on(_plainly))
+    if parted:
+        arrays = [leaves[n].arrays for n in parted]
+        default = on(lambda leaves: [_plainly(leaf) for leaf in leaves])
+        platforms = {"cpu": on(_on_cpu), "cuda": on(_on_gpu)}
+        sums = lax.platform_dependent(*arrays, **platforms, default=default)
+        found |= zip(parted, sums, strict=True)
+    return [found[n] for n in range(len(leaves))]
+
+
+def _is_parted(leaf: _Leaf) -> bool:
+    return _is_large(leaf) or _rows(leaf) is not None
 
 
 def _value(x: jax.Array | Remade) -> jax.Array:
     return x.value if isinstance(x, Remade) else x
 
 
-def _plainly(leaves: list[_Leaf]) -> list[list[jax.Array]]:
-    found = []
-    for leaf in leaves:
-        wide = [_value(each).astype(leaf.dtype) for each in leaf.arrays]
-        found.append([geometry.inner(wide[i], wide[j], leaf.group) for i, j in leaf.pairs])
-    return found
+def _plainly(leaf: _Leaf) -> list[jax.Array]:
+    wide = [_value(each).astype(leaf.dtype) for each in leaf.arrays]
+    return [geometry.inner(wide[i], wide[j], leaf.group) for i, j in leaf.pairs]
 
 
 class View(NamedTuple):
@@ -208,22 +214,20 @@ def _sums_together_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any
 # --- on a GPU -----------------------------------------------------------------------------
 
 
-def _rows(view: View) -> int | None:
+def _rows(leaf: _Leaf) -> int | None:
     """How many rows to add up in one thread, if rows are worth splitting."""
+    view = leaf.view
     _, summed, columns = view.shape
     if view.whole or columns == 1 or summed <= UNROLLED or math.prod(view.shape) < FEW:
         return None
     rows = max(each for each in range(1, UNROLLED + 1) if summed % each == 0)
-    return rows if rows >= 8 else None
+    return rows if rows >= 8 and len(leaf.pairs) > 1 else None
 
 
 def _on_gpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
-    return [
-        _in_parts(leaf, rows)
-        if (rows := _rows(leaf.view)) and len(leaf.pairs) > 1
-        else _plainly([leaf])[0]
-        for leaf in leaves
-    ]
+    rows = map(_rows, leaves)
+    pairs = zip(leaves, rows, strict=True)
+    return [_in_parts(leaf, each) if each else _plainly(leaf) for leaf, each in pairs]
 
 
 def _in_parts(leaf: _Leaf, rows: int) -> list[jax.Array]:
@@ -277,20 +281,24 @@ class _Job(NamedTuple):
     end: Callable[[list[jax.Array]], list[jax.Array]]
 
 
+def _is_large(leaf: _Leaf) -> bool:
+    """Whether one pass over memory for each sum would cost more."""
+    several = len(leaf.pairs) > 1 or leaf.view.shape[-1] > WIDE
+    return several and math.prod(leaf.view.shape) >= SMALL
+
+
 def _on_cpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
     """All sums, those of large leaves in one loop, in whose turns all cores find work."""
     found: list[Any] = [None] * len(leaves)
     jobs: dict[int, _Job] = {}
     for n, leaf in enumerate(leaves):
-        outer, summed, columns = leaf.view.shape
-        if math.prod(leaf.view.shape) < SMALL or (len(leaf.pairs) == 1 and columns <= WIDE):
-            [found[n]] = _plainly([leaf])
-        elif outer >= TURNS:
-            jobs[n] = _by_groups(leaf)
-        elif summed >= TURNS * ROWS // 2:
-            jobs[n] = _by_rows(leaf)
+        if not _is_large(leaf):
+            found[n] = _plainly(leaf)
+        elif job := _job(leaf):
+            jobs[n] = job
         else:
-            found[n] = _finished(leaf, _in_turn(_products(leaf, _flat(leaf)), columns))
+            sums = _in_turn(_products(leaf, _flat(leaf)), leaf.view.shape[-1])
+            found[n] = _finished(leaf, sums)
 
     def turn(count: Any, carried: dict[int, list[jax.Array]]) -> dict[int, list[jax.Array]]:
         return {n: job.step(count, carried[n]) for n, job in jobs.items()}
@@ -300,6 +308,14 @@ def _on_cpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
     for n, job in jobs.items():
         found[n] = _finished(leaves[n], job.end(carried[n]))
     return found
+
+
+def _job(leaf: _Leaf) -> _Job | None:
+    """How a leaf is cut in turns, if it can be."""
+    outer, summed, _ = leaf.view.shape
+    if outer >= TURNS:
+        return _by_groups(leaf)
+    return _by_rows(leaf) if summed >= TURNS * ROWS // 2 else None
 
 
 def _by_rows(leaf: _Leaf) -> _Job:
@@ -313,7 +329,7 @@ def _by_rows(leaf: _Leaf) -> _Job:
         size = rows * entries
         parts = [lax.dynamic_slice_in_dim(x, count * size, size, 1) for x in flat]
         parts = [x.reshape(outer, rows, entries) for x in parts]
-        return _added(totals, sums_together(_products(leaf, parts), 1))
+        return _added(totals, _over_rows(_products(leaf, parts)))
 
     def end(totals: list[jax.Array]) -> list[jax.Array]:
         sums, rest = _in_turn(totals, columns), [x[:, used:] for x in flat]
@@ -358,8 +374,15 @@ def _in_turn(terms: Sequence[jax.Array], columns: int) -> list[jax.Array]:
         if summed % rows:
             left_over.append(_in_turn([x[:, used:] for x in terms], columns))
         parts = [x[:, :used].reshape(x.shape[0], rows, -1) for x in terms]
-        terms = sums_together(parts, 1)
+        terms = _over_rows(parts)
     return functools.reduce(_added, left_over, list(terms))
+
+
+def _over_rows(parts: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Sums over the middle axis, of few rows, in one kernel that is fast for many columns, too."""
+    if len(parts) == 1:
+        return [functools.reduce(jnp.add, jnp.unstack(parts[0], axis=1))]
+    return sums_together(parts, 1)
 
 
 def _flat(leaf: _Leaf) -> list[jax.Array]:

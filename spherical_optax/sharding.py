@@ -56,6 +56,11 @@ def manual_axes() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def on_one_device() -> bool:
+    """Whether arrays are known to lie on one device, whole."""
+    return jax.device_count() == 1 and not manual_axes()
+
+
 def varying(x: jax.Array) -> frozenset[str]:
     """The manual axes over which an array differs, where `jax.shard_map` keeps track of it."""
     kind = jax.typeof(x)

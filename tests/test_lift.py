@@ -203,24 +203,36 @@ def test_nan_stays_visible_and_in_its_group(tx, of_all):
     assert not bad[:, np.array([0, 2, 3])].any()
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_a_direction_made_again(nesterov, x64):
-    """Adam's follows from its new moments, and is not kept; Nesterov's does not."""
-    inner, groups = optax.scale_by_adam(nesterov=nesterov), so.per_filter()
+FILTERS = so.per_filter()
+
+
+@pytest.mark.parametrize(
+    ("tx", "kept"),
+    [
+        (so.hyperball(optax.scale_by_adam(), 0.1, groups=FILTERS), False),
+        (so.hyperball(optax.scale_by_adam(nesterov=True), 0.1, groups=FILTERS), True),
+        (so.rotational_adamw(0.1, groups=FILTERS), False),
+        (so.rotational_adamw(0.1, groups=FILTERS, center=True), True),
+        (so.adamp(0.1, groups=FILTERS, weight_decay=0.1), False),
+        (so.sgdp(0.1, groups=FILTERS), True),
+    ],
+)
+def test_a_direction_made_again(tx, kept, x64):
+    """Adam's follows from its new moments, and is kept under jit only where it does not."""
     params, grads = tree_of({"w": (1024, 96)}, 0), tree_of({"w": (1024, 96)}, 1)
-    parts = (inner, so.normalize_updates(groups), optax.scale(-0.1), so.retract(groups))
-    results, memory = [], []
-    for tx in (so.hyperball(inner, 0.1, groups=groups), optax.chain(*parts)):
+    params = so.center_params(params, FILTERS)
 
-        def step(params, state, grads, tx=tx):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
-        state, x = tx.init(params), params
-        compiled = jax.jit(step).lower(params, state, grads).compile()
-        memory.append(compiled.memory_analysis().temp_size_in_bytes / params["w"].nbytes)
+    results = []
+    compiled = jax.jit(step).lower(params, tx.init(params)).compile()
+    for run_step in (compiled, step):
+        x, state = params, tx.init(params)
         for _ in range(3):
-            x, state = compiled(x, state, grads)
+            x, state = run_step(x, state)
         results.append(x["w"])
     np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-12)
-    assert memory[0] > 1 if nesterov else memory[0] < 0.2
+    memory = compiled.memory_analysis().temp_size_in_bytes / params["w"].nbytes
+    assert (memory > 1) if kept else (memory < 0.2)

@@ -43,16 +43,17 @@ def test_equal_to_the_composition(name, case, x64):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
+# From shape and group to what the loop carries for each sum, `None` where there is none.
 LARGE = {
-    "layer": ((512, 160), so.per_layer()),
-    "blocks": ((773, 96), so.per_channel_block(4)),
-    "wide": ((24, 5001), so.per_filter()),
-    "wide, few rows": ((3, 40000), so.per_filter()),
-    "short rows": ((1101, 64), so.RadialGroup((0,))),
-    "stacked layers": ((3, 203, 112), so.RadialGroup((0, -1))),
-    "output channels first": ((64, 115, 3, 3), so.RadialGroup((0,))),
-    "vector": ((70001,), so.per_layer()),
-    "rows of a prime number": ((131, 509), so.per_filter()),
+    "layer": ((512, 160), so.per_layer(), (1, 2 * 160)),
+    "blocks": ((773, 96), so.per_channel_block(4), (1, 3 * 96)),
+    "wide": ((24, 5001), so.per_filter(), None),
+    "wide, few rows": ((3, 40000), so.per_filter(), None),
+    "short rows": ((1101, 64), so.RadialGroup((0,)), (1101, 1)),
+    "stacked layers": ((3, 203, 112), so.RadialGroup((0, -1)), (3, 112)),
+    "output channels first": ((64, 115, 3, 3), so.RadialGroup((0,)), (64, 1)),
+    "vector": ((70001,), so.per_layer(), (1, 486)),
+    "rows of a prime number": ((131, 509), so.per_filter(), (1, 509)),
 }
 
 
@@ -60,12 +61,16 @@ def test_sums_in_one_pass(x64):
     """Of arrays as they are cut on a CPU: by rows and by groups, and with entries left over."""
     rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
     vectors = [
-        {i: jnp.asarray(rng.normal(size=shape)) for i, (shape, _) in enumerate(LARGE.values())}
+        {i: jnp.asarray(rng.normal(size=shape)) for i, (shape, *_) in enumerate(LARGE.values())}
         for _ in range(2)
     ]
-    groups = [group for _, group in LARGE.values()]
-    for shape, _ in LARGE.values():
-        assert np.prod(shape) >= _sums.SMALL
+    groups = [group for _, group, _ in LARGE.values()]
+    for n, (shape, group, carried) in enumerate(LARGE.values()):
+        arrays, view = [vector[n] for vector in vectors], _sums._view(shape, group)
+        leaf = _sums._Leaf(arrays, pairs, group, "float64", view, False)
+        job = _sums._job(leaf)
+        assert _sums._is_large(leaf)
+        assert (job and [each.shape for each in job.start]) == (carried and [carried] * 3)
 
     def wanted(vectors):
         return [_sums.Wanted(vectors, pairs, {i: group}) for i, group in enumerate(groups)]
@@ -86,13 +91,10 @@ def test_sums_in_one_pass(x64):
     @jax.jit
     def made_again(vectors):
         x, y = vectors
-        half = {
-            i: _sums.Remade(
-                0 * y[i], [y[i] / 2], [2.0], lambda parts, numbers: parts[0] * numbers[0]
-            )
-            for i in y
-        }
-        return _sums.inners(wanted([x, half]))
+        times = lambda parts, numbers: parts[0] * numbers[0]  # noqa: E731
+        # The value itself is wrong, and shall not be read.
+        made = {i: _sums.Remade(0 * y[i], [y[i] / 2], [2.0], times) for i in y}
+        return _sums.inners(wanted([x, made]))
 
     for ours, theirs in zip(made_again(vectors), sums(vectors), strict=True):
         np.testing.assert_allclose(jnp.stack(ours), jnp.stack(theirs), rtol=1e-12, atol=1e-10)
@@ -112,11 +114,11 @@ def test_sums_in_parts(shape, group, rows, reduced, x64):
     """As a GPU adds up, here; where the compiler has one kernel for all sums there is none."""
     rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
     x, y = arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(2)]
-    view = _sums._view(shape, group)
-    assert _sums._rows(view) == rows
+    leaf = _sums._Leaf(arrays, pairs, group, "float64", _sums._view(shape, group), reduced)
+    assert _sums._rows(leaf) == rows
 
     def in_parts(x, y):
-        return _sums._in_parts(_sums._Leaf([x, y], pairs, group, "float64", view, reduced), rows)
+        return _sums._in_parts(leaf._replace(arrays=[x, y]), rows)
 
     for (i, j), value in zip(pairs, jax.jit(in_parts)(x, y), strict=True):
         expected = geometry.inner(arrays[i], arrays[j], group)
@@ -124,7 +126,8 @@ def test_sums_in_parts(shape, group, rows, reduced, x64):
     found = jax.grad(lambda x: sum(value.sum() for value in in_parts(x, y)))(x)
     np.testing.assert_allclose(found, 2 * x + y, rtol=1e-12)
     for other in ((27, 128), (128,), (3, 64, 4), (37 * 31, 64)):
-        rows_of = _sums._rows(_sums._view(other, so.per_filter()))
+        view = _sums._view(other, so.per_filter())
+        rows_of = _sums._rows(leaf._replace(view=view, group=so.per_filter()))
         assert rows_of == (31 if other == (37 * 31, 64) else None)
 
 
@@ -141,7 +144,7 @@ def test_each_platform_gets_its_sums():
 
 
 def test_the_gradient_of_sums_in_one_pass(x64):
-    shape, group = LARGE["blocks"]
+    shape, group, _ = LARGE["blocks"]
     x, y = (tree_of({"w": shape}, seed)["w"] for seed in (0, 1))
     c = jnp.arange(4.0)
 
@@ -153,18 +156,21 @@ def test_the_gradient_of_sums_in_one_pass(x64):
     np.testing.assert_allclose(found, geometry.scale(c, 2 * x + y, group), rtol=1e-12)
 
 
-def test_a_loop_where_single_passes_are_slow():
+def test_parts_where_single_passes_are_slow():
     """XLA's CPU compiler is slow where one sum has very many columns."""
 
-    def loops(shape, pairs):
+    def compiled(shape, pairs):
         x, group = jax.ShapeDtypeStruct(shape, "float32"), so.per_filter()
         wanted = lambda x: [_sums.Wanted([{0: x}], [(0, 0)] * pairs, {0: group})]  # noqa: E731
         sums = jax.jit(lambda x: _sums.inners(wanted(x)))
-        return " while(" in sums.lower(x).compile().as_text()
+        text = sums.lower(x).compile().as_text()
+        return " while(" in text, re.search(r"= f32\S+ reduce\(", text) is not None
 
-    assert loops((128, 40000), 1)
-    assert not loops((1024, 96), 1)
-    assert loops((1024, 96), 2)
+    # Whether there is a loop, and a sum on its own.
+    assert compiled((16, 40000), 1) == (False, False)
+    assert compiled((128, 40000), 1) == (True, False)
+    assert compiled((1024, 96), 1) == (False, True)
+    assert compiled((1024, 96), 2) == (True, False)
 
 
 @pytest.mark.parametrize("name", PAIRS)

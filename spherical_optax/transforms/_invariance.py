@@ -12,11 +12,11 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
-from spherical_optax._sums import Wanted, again, inners, once, sums_together
+from spherical_optax._sums import Wanted, again, inners, sums_together
 from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out
 from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
-from spherical_optax.transforms._remade import with_remade
+from spherical_optax.transforms._remade import stored, with_remade
 from spherical_optax.transforms._transport import (
     Names,
     check_moments,
@@ -126,19 +126,19 @@ def project_if_tangent(
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask("project_if_tangent", mask, params)
         units = present(units, g, params)
-        # XLA's GPU compiler would read both moments again in two kernels, to make the update.
-        given = {i: remade.get(id(p[i])) or once(p[i]) for unit in units for i in unit}
+        given = {i: stored(p[i], remade) for unit in units for i in unit}
         p = [again(given[i]) if i in given else leaf for i, leaf in enumerate(p)]
-        asked = [
-            Wanted(
-                [pick(unit, leaves) for leaves in (x, g, given)],
-                [(0, 0), (1, 0), (1, 1), (2, 0)],
-                unit,
-                reduced=True,
-            )
-            for unit in units
-        ]
-        for unit, sums in zip(units, inners(asked), strict=True):
+        moments = [list(fields_of(unit, fields, kept)) for unit in units]
+        asked = []
+        for unit, of_unit in zip(units, moments, strict=True):
+            vectors = [pick(unit, leaves) for leaves in (x, g, given)]
+            asked.append(Wanted(vectors, [(0, 0), (1, 0), (1, 1), (2, 0)], unit, reduced=True))
+            for place, part in of_unit:
+                v = {i: kept[place[i]] for i in part}
+                asked.append(Wanted([v, pick(part, x)], [(0, 1), (1, 1)], part))
+        found = iter(inners(asked))
+        for unit, of_unit in zip(units, moments, strict=True):
+            sums = next(found)
             xx, gx, gg, px = map(jnp.atleast_1d, sums)
             layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
@@ -153,9 +153,8 @@ def project_if_tangent(
             for i, group in unit.items():
                 _subtract(p, {i: i}, off - decay if decays[i] else off, x, {i: group})
             like = jax.typeof(xx)
-            for place, part in fields_of(unit, fields, kept):
-                v = {i: kept[place[i]] for i in part}
-                [sums] = inners([Wanted([v, pick(part, x)], [(0, 1), (1, 1)], part)])
+            for place, part in of_unit:
+                sums = next(found)
                 vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
                 off = _radial((vx, of_part), _over_layers(vx, of_part), near_group, near_layer)
                 _subtract(kept, place, off, x, part)

@@ -18,7 +18,7 @@ from spherical_optax._sums import Remade, Wanted, again, once
 from spherical_optax.groups import group_size
 from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._pair import check_type, pair, per_entry
-from spherical_optax.transforms._remade import with_remade
+from spherical_optax.transforms._remade import stored, with_remade
 from spherical_optax.transforms._span import OnGroup, Space, Step, Vector, shared
 from spherical_optax.transforms._units import Unit, per_leaf, present
 
@@ -29,8 +29,6 @@ class Lifted(optax.GradientTransformationExtraArgs):
     """A transformation that is a step in each group, and can be lifted with its neighbours."""
 
     step: Step
-    after: Callable[..., tuple[Any, Any]]
-    """Its update, of updates, state, params and those updates that can be made again."""
 
 
 def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifted:
@@ -46,9 +44,15 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
     kinds, treedef = jax.tree.flatten(step.kinds)
     places = [place for place, kind in enumerate(kinds) if kind is not shared]
 
-    def after(
-        updates: Any, state: Any, params: Any, remade: dict[int, Remade] | None = None
-    ) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        remade: dict[int, Remade] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
         if step.kinds is not shared:
             check_type(step.who, state, type(step.kinds))
         before = pair(step.who, step.groups, params, updates, movable=step.movable).leaves[0]
@@ -61,7 +65,7 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
 
         def plan(unit: Unit, w: Any, x: Any, *parts: Any) -> Any:
             if remade is not None:  # made by a part of the same chain, and worth storing
-                w = {i: remade.get(id(leaf)) or once(leaf) for i, leaf in w.items()}
+                w = {i: stored(leaf, remade) for i, leaf in w.items()}
             given, arrays = list(fields), {"update": w, "point": x}
             for place, part in zip(places, parts, strict=True):
                 given[place] = part[next(iter(unit))]
@@ -78,7 +82,7 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
 
             def finish(sums: list[Any]) -> dict[int, Any]:
                 products = dict(zip(wanted, sums, strict=True))
-                result, found = run(space._replace(product=lambda *pair: products[pair]))
+                result, found = run(space(product=lambda *pair: products[pair]))
                 made: dict[Any, Any] = dict(arrays)
                 new = [_combined(made, result, unit, w)]
                 for place, part in zip(places, parts, strict=True):
@@ -105,43 +109,36 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
             fields[place] = tree
         return updates, treedef.unflatten(fields)
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra_args
-        return after(updates, state, params)
-
     lifted = Lifted(step.init, optax.with_extra_args_support(alone).update if alone else update)
-    lifted.step, lifted.after = step, after
+    lifted.step = step
     return lifted
 
 
 def _asked(
     run: Callable[[Space], Any], arrays: dict[str, Any], unit: Unit
-) -> tuple[Space, list[tuple[str, str]]]:
-    """The space of a unit's arrays, and the inner products in it that a run asks for."""
+) -> tuple[Callable[..., Space], list[tuple[str, ...]]]:
+    """The space of a unit's arrays, but for its products, and those that a run asks for."""
     infos = {name: [jnp.finfo(x.dtype) for x in each.values()] for name, each in arrays.items()}
     like = jax.eval_shape(lambda x: geometry.norm(x, unit), arrays["point"])
     kept = max(float(info.eps) for name in infos if name != "point" for info in infos[name])
-    wanted: dict[tuple[str, str], None] = {}
+    space = functools.partial(
+        Space,
+        size=group_size(unit, arrays["point"]),
+        lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
+        dtype=min(infos["update"], key=lambda info: info.bits).dtype,
+    )
+    wanted: dict[tuple[str, ...], None] = {}
 
-    def tried(one: jax.Array) -> Space:
+    def tried(one: jax.Array) -> tuple[()]:
         def product(*pair: str) -> jax.Array:
-            wanted[pair] = None  # type: ignore[index]
+            wanted[pair] = None
             return one
 
-        return Space(
-            product=product,
-            size=group_size(unit, arrays["point"]),
-            lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
-            dtype=min(infos["update"], key=lambda info: info.bits).dtype,
-        )
+        run(space(product=product))
+        return ()
 
-    jax.eval_shape(lambda one: run(tried(one)) and (), like)
-    return tried(like), list(wanted)
+    jax.eval_shape(tried, like)
+    return space, list(wanted)
 
 
 def _combined(made: dict[Any, Any], vector: Vector, unit: Unit, like: Any) -> dict[int, Any]:
@@ -183,6 +180,7 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     ]
     if len(joined) == 1:
         return joined[0]
+    last = max((n for n, run in enumerate(runs) if len(run) > 1), default=0)
     wrapped = [optax.with_extra_args_support(each) for each in joined]
 
     def init(params: optax.Params) -> optax.OptState:
@@ -205,10 +203,12 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
             update = functools.partial(tx.update, **extra_args)
             mine: Any = tuple(state[len(states) : len(states) + len(run)])
             if len(run) > 1:
-                updates, mine = joined[n].after(updates, mine, params, remade)
-            else:
+                updates, mine = update(updates, mine, params, remade=remade)
+            elif n < last:
                 updates, mine, new = with_remade(update, updates, mine[0], params)
                 remade = (remade or {}) | new
+            else:
+                updates, mine = update(updates, mine[0], params)
             states += mine if len(run) > 1 else [mine]
         return updates, tuple(states)
 

@@ -4,6 +4,7 @@ Adam's direction follows from its new moments, entry by entry. Where a step read
 twice, for its inner products and for its end, it may read the moments twice instead.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 from jax.extend import core
 
 from spherical_optax._sums import Remade, once
-from spherical_optax.sharding import manual_axes
+from spherical_optax.sharding import on_one_device
 
 # Operations on arrays of one shape, and on numbers, whose results do not depend on the shape.
 ENTRY_BY_ENTRY = {
@@ -32,15 +33,16 @@ def with_remade(
       params: The parameters.
 
     Returns:
-      New updates and state, and from the `id` of an update to how it is made again: nothing
-      outside of `jax.jit`, where nothing would be gained, and where there are several devices.
+      New updates and state, and from the `id` of an update, which it keeps alive, to how it is
+      made again: nothing outside of `jax.jit`, where nothing would be gained, and where there
+      are several devices.
     """
     given = (updates, state, params)
     after = update(*given)
     directions, kept = map(jax.tree.leaves, after)
     new = {id(each) for each in directions} - {id(each) for each in jax.tree.leaves(updates)}
     traced = any(isinstance(each, jax.core.Tracer) for each in directions)
-    if not new or not traced or jax.device_count() > 1 or manual_axes():
+    if not new or not traced or not on_one_device():
         return *after, {}
     program = jax.make_jaxpr(update)(*given)
     results = program.jaxpr.outvars
@@ -66,8 +68,14 @@ def with_remade(
         parts = list(dict.fromkeys(v for eqn in eqns for v in _vars(eqn) if v in arrays))
         direction, taken = directions[n], [arrays[each] for each in parts]
         make = _maker(var, eqns, [*parts, *numbers])
-        remade[id(direction)] = Remade(once(direction), taken, values, make)
+        remade[id(direction)] = Remade(direction, taken, values, make)
     return *after, remade
+
+
+def stored(update: jax.Array, remade: dict[int, Remade]) -> jax.Array | Remade:
+    """An update that is read twice: how it is made again, or as XLA's GPU compiler stores it."""
+    known = remade.get(id(update))
+    return dataclasses.replace(known, value=once(update)) if known else once(update)
 
 
 def _maker(var: Any, eqns: list[Any], names: list[Any]) -> Callable[..., jax.Array]:
