@@ -22,6 +22,7 @@ TURNS = 16  # of the loop that goes over the large arrays on a CPU
 WIDE = 1 << 14  # columns; above, XLA's CPU compiler makes even one sum slow, by 20 times
 SMALL = 1 << 16  # entries; below, nothing is gained on a CPU
 UNROLLED = 31  # rows; up to so many XLA's GPU compiler adds several sums up in one kernel
+SLICE = 20  # rows of those sums; with more, or with up to 16, it makes a kernel for each part
 FEW = 1 << 14  # entries; below, nothing is gained on a GPU
 
 
@@ -35,12 +36,14 @@ class Remade:
       parts: The others, of its shape.
       numbers: What else it is made of.
       make: From such arrays, of any one shape, and the numbers to it.
+      stored: Whether it is stored on a GPU; on a CPU it is not.
     """
 
     value: jax.Array
     parts: list[jax.Array]
     numbers: list[jax.Array]
     make: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    stored: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def dtype(self) -> Any:
@@ -215,13 +218,30 @@ def _sums_together_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any
 
 
 def _rows(leaf: _Leaf) -> int | None:
-    """How many rows to add up in one thread, if rows are worth splitting."""
+    """How many rows to add up at a time, if rows are worth splitting."""
     view = leaf.view
     _, summed, columns = view.shape
+    if any(map(_not_stored, leaf.arrays)):
+        return _block(view)
     if view.whole or columns == 1 or summed <= UNROLLED or math.prod(view.shape) < FEW:
         return None
-    rows = max(each for each in range(1, UNROLLED + 1) if summed % each == 0)
-    return rows if rows >= 8 and len(leaf.pairs) > 1 else None
+    return -(-summed // -(-summed // UNROLLED)) if len(leaf.pairs) > 1 else None
+
+
+def _block(view: View) -> int | None:
+    """How many rows a block of threads adds up, in the kernel that makes one of the arrays.
+
+    In blocks of fewer rows, or where there are few blocks, the compiler stores the array.
+    """
+    _, summed, columns = view.shape
+    if columns == 1:
+        return summed
+    most = min(128, math.isqrt(math.prod(view.shape) // 128))
+    return max((each for each in range(32, most + 1) if summed % each == 0), default=None)
+
+
+def _not_stored(x: jax.Array | Remade) -> bool:
+    return isinstance(x, Remade) and not x.stored
 
 
 def _on_gpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
@@ -232,22 +252,46 @@ def _on_gpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
 
 def _in_parts(leaf: _Leaf, rows: int) -> list[jax.Array]:
     """All sums of a few rows in one kernel, which reads each array once; then those of these."""
-    (outer, summed, columns), shape = leaf.view.shape, leaf.arrays[0].shape
-    parts = [
-        _value(each).reshape(outer, summed // rows, rows, columns).astype(leaf.dtype)
-        for each in leaf.arrays
-    ]
-    sums = [(parts[i] * parts[j]).sum(2) for i, j in leaf.pairs]
+    shape, viewed = leaf.arrays[0].shape, (_value(x).reshape(leaf.view.shape) for x in leaf.arrays)
+    parts = [_split(x, rows).astype(leaf.dtype) for x in viewed]
+    if any(map(_not_stored, leaf.arrays)):
+        sums = _in_blocks(leaf, parts)
+    else:
+        sums = [(parts[i] * parts[j]).sum(2) for i, j in leaf.pairs]
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
     if leaf.reduced or _more(leaf.view, len(shape), leaf.group):
         totals = sums_together(sums, 1)
         return _finish(totals, shape, leaf.view, leaf.group)
+    while sums[0].shape[1] > UNROLLED**2:
+        sums = lax.optimization_barrier([_split(each, UNROLLED).sum(2) for each in sums])
     # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
-    few = max(each for each in range(1, UNROLLED + 1) if summed // rows % each == 0)
-    slices = [jnp.unstack(each.reshape(outer, -1, few, columns), axis=1) for each in sums]
-    totals = [functools.reduce(jnp.add, (part.sum(1) for part in each)) for each in slices]
+    few = [jnp.unstack(_split(each, min(each.shape[1], SLICE)), axis=1) for each in sums]
+    totals = [functools.reduce(jnp.add, (part.sum(1) for part in each)) for each in few]
     return _finish(totals, shape, leaf.view, leaf.group)
+
+
+def _in_blocks(leaf: _Leaf, parts: list[jax.Array]) -> list[jax.Array]:
+    """Sums with arrays that are not stored, in the kernel that makes these.
+
+    The threads of a block share memory, which is enough for two sums over rows.
+    """
+    at_once = 2 if leaf.view.shape[-1] > 1 else len(leaf.pairs)
+    first = [any(_not_stored(leaf.arrays[each]) for each in pair) for pair in leaf.pairs]
+    pairs = sorted(leaf.pairs, key=lambda pair: not first[leaf.pairs.index(pair)])
+    found: dict[Pair, jax.Array] = {}
+    for start in range(0, len(pairs), at_once):
+        some = pairs[start : start + at_once]
+        found |= zip(some, sums_together([parts[i] * parts[j] for i, j in some], 2), strict=True)
+    return [found[pair] for pair in leaf.pairs]
+
+
+def _split(x: jax.Array, rows: int) -> jax.Array:
+    """From (outer, summed, columns) to (outer, parts, rows, columns), with zeros at the end."""
+    outer, summed, columns = x.shape
+    if summed % rows:
+        x = jnp.pad(x, ((0, 0), (0, -summed % rows), (0, 0)))
+    return x.reshape(outer, -1, rows, columns)
 
 
 def once(x: jax.Array) -> jax.Array:
@@ -257,11 +301,26 @@ def once(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
 
+def for_sums(x: Remade, group: RadialGroup) -> Remade:
+    """The array as the sums over its groups want it: on a GPU stored, or not."""
+    if _block(_view(x.shape, group)):
+        return dataclasses.replace(x, stored=False)
+    return dataclasses.replace(x, value=once(x.value))
+
+
 def again(x: jax.Array | Remade) -> jax.Array:
-    """The array, made again where that takes less memory than to keep it."""
+    """The array, made again where it is not stored."""
     if not isinstance(x, Remade):
         return x
-    return lax.platform_dependent(x, cpu=lambda x: x.make(x.parts, x.numbers), default=_value)
+
+    def on_gpu(x: Remade) -> jax.Array:
+        # Behind the barrier it is another array to the compiler, which else would store one.
+        return x.value if x.stored else x.make(lax.optimization_barrier(x.parts), x.numbers)
+
+    def on_cpu(x: Remade) -> jax.Array:
+        return x.make(x.parts, x.numbers)
+
+    return lax.platform_dependent(x, cpu=on_cpu, cuda=on_gpu, default=_value)
 
 
 # --- on CPU -------------------------------------------------------------------------------

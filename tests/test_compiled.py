@@ -87,22 +87,40 @@ MOST = {
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_bytes_and_kernels_of_a_step(resnet18, name):
+def test_bytes_kernels_and_memory_of_a_step(resnet18, name):
     """Two passes over moment, gradient and parameter, and one that writes, are 32."""
     found = resnet18(name)
     assert found["bytes per parameter"] <= MOST[name]
-    # Twice those of optax.adam. AdamP asks all groups of a layer whether they are tangent, which
-    # is one more for each of 20 layers, and cannot be known before the sums are.
-    assert found["kernels"] <= 2 * 64 + 21 * (name == "adamp")
+    assert found["kernels"] <= 2 * 64  # twice those of optax.adam
     assert found["copies"] == 0
+    assert found["temporary bytes per parameter"] <= 0.05 * 4
 
 
-@pytest.mark.parametrize("name", [name for name in MOST if name != "adamp"])
+SHAPES = {
+    "one group": ((1024, 4096), so.per_layer(), 46),
+    "rows": ((50304, 768), so.per_filter(axis=0), 42),
+    "blocks": ((3, 3, 256, 512), so.per_channel_block(32), 46),
+    "a prime number of rows": ((1009, 512), so.per_filter(), 46),
+    "a large prime number of rows": ((50257, 512), so.per_filter(), 46),
+}
+
+
+@pytest.mark.parametrize("name", ["adamsrt", "adamg", "hyperball"])
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_step_of_one_leaf(device, name, case):
+    """Few kernels, whatever the number of rows; a direction is stored where it is prime."""
+    shape, group, most = SHAPES[case]
+    tx = measure.OPTIMIZERS[name](so.groups_by_path({".*": group}))
+    found = compiled.describe(tx, {"w": shape}, "float32", device)
+    stored = name == "hyperball" and "prime" in case
+    assert found["bytes per parameter"] <= most
+    assert found["kernels"] <= 12
+    assert found["temporary bytes per parameter"] <= 1 + 4 * stored
+
+
+@pytest.mark.parametrize("name", MOST)
 def test_temporary_memory_beside_gradients(device, name):
-    """A direction takes the place of its gradient, which a training step has made itself.
-
-    AdamP needs both.
-    """
+    """A direction that is stored takes the place of its gradient, which the program has made."""
     shapes = {f"layer{i}": (2304, 256) for i in range(8)}
     where = jax.sharding.SingleDeviceSharding(device)
 

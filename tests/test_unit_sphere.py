@@ -103,10 +103,11 @@ def test_sums_in_one_pass(x64):
 @pytest.mark.parametrize(
     ("shape", "group", "rows"),
     [
-        ((3, 3, 64, 64), so.per_filter(), 24),
-        ((256, 8, 16), so.per_head(-2), 16),
-        ((2, 64, 128), so.RadialGroup((0, -1)), 16),
+        ((3, 3, 64, 64), so.per_filter(), 31),
+        ((256, 8, 16), so.per_head(-2), 29),
+        ((2, 64, 128), so.RadialGroup((0, -1)), 22),
         ((300, 64), so.per_channel_block(4), 30),
+        ((30011, 2), so.per_filter(), 31),
     ],
 )
 @pytest.mark.parametrize("reduced", [False, True])
@@ -129,6 +130,34 @@ def test_sums_in_parts(shape, group, rows, reduced, x64):
         view = _sums._view(other, so.per_filter())
         rows_of = _sums._rows(leaf._replace(view=view, group=so.per_filter()))
         assert rows_of == (31 if other == (37 * 31, 64) else None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "rows"),
+    [
+        ((1026, 256), so.per_filter(), 38),
+        ((1024, 128), so.per_layer(), 32),
+        ((4096, 8, 16), so.per_head(-2), 64),
+        ((64, 300), so.per_filter(axis=0), 300),
+        ((128, 128), so.per_filter(), None),
+        ((1009, 1009), so.per_filter(), None),
+    ],
+)
+@pytest.mark.parametrize("reduced", [False, True])
+def test_sums_in_blocks(shape, group, rows, reduced, x64):
+    """As a GPU adds up what it does not store; where it would, there are no blocks."""
+    rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
+    x, y = arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(2)]
+    made = _sums.for_sums(_sums.Remade(y, [y / 2], [2.0], lambda parts, _: parts[0] * 2), group)
+    assert made.stored == (rows is None)
+    view = _sums._view(shape, group)
+    leaf = _sums._Leaf([x, made], pairs, group, "float64", view, reduced)
+    if rows is not None:
+        assert _sums._rows(leaf) == rows
+        sums = jax.jit(lambda leaf_arrays: _sums._in_parts(leaf._replace(arrays=leaf_arrays), rows))
+        for (i, j), value in zip(pairs, sums([x, made]), strict=True):
+            expected = geometry.inner(arrays[i], arrays[j], group)
+            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
 
 
 def test_each_platform_gets_its_sums():

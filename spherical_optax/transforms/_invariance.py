@@ -14,7 +14,7 @@ from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._masks import Mask, in_mask
 from spherical_optax._sums import Wanted, again, inners, sums_together
 from spherical_optax.groups import Groups, RadialGroup, group_size
-from spherical_optax.sharding import laid_out
+from spherical_optax.sharding import laid_out, on_one_device
 from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
 from spherical_optax.transforms._remade import stored, with_remade
 from spherical_optax.transforms._transport import (
@@ -126,7 +126,7 @@ def project_if_tangent(
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask("project_if_tangent", mask, params)
         units = present(units, g, params)
-        given = {i: stored(p[i], remade) for unit in units for i in unit}
+        given = {i: stored(p[i], remade, unit[i]) for unit in units for i in unit}
         p = [again(given[i]) if i in given else leaf for i, leaf in enumerate(p)]
         moments = [list(fields_of(unit, fields, kept)) for unit in units]
         asked = []
@@ -137,14 +137,21 @@ def project_if_tangent(
                 v = {i: kept[place[i]] for i in part}
                 asked.append(Wanted([v, pick(part, x)], [(0, 1), (1, 1)], part))
         found = iter(inners(asked))
+        sums, sums_of_moments = [], []
         for unit, of_unit in zip(units, moments, strict=True):
-            sums = next(found)
-            xx, gx, gg, px = map(jnp.atleast_1d, sums)
-            layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
+            xx, gx, gg, px = map(jnp.atleast_1d, next(found))
             near = _cosine(gx, gg, xx) < delta / math.sqrt(group_size(unit, x))
-            far, layer_gx, layer_gg, layer_xx, layer_px = _over_layers(
-                (~near).astype(xx.dtype), gx, gg, xx, px
-            )
+            sums.append([xx, gx, gg, px, (~near).astype(xx.dtype)])
+            like = jax.typeof(xx)
+            for _ in of_unit:
+                each = next(found)
+                sums_of_moments.append([laid_out(v, like.shape, like.sharding) for v in each])
+        layers = _over_layers(sums)
+        layers_of_moments = zip(sums_of_moments, _over_layers(sums_of_moments), strict=True)
+        for unit, of_groups, of_layers, of_unit in zip(units, sums, layers, moments, strict=True):
+            xx, *_, px, _ = of_groups
+            layer_xx, layer_gx, layer_gg, layer_px, far = of_layers
+            layer = {i: _without_last(group, x[i].ndim) for i, group in unit.items()}
             near_group = far == 0
             cosine = _cosine(layer_gx, layer_gg, layer_xx)
             near_layer = cosine < delta / math.sqrt(group_size(layer, x))
@@ -152,11 +159,8 @@ def project_if_tangent(
             off = _radial((px, xx), (layer_px, layer_xx), near_group, near_layer)
             for i, group in unit.items():
                 _subtract(p, {i: i}, off - decay if decays[i] else off, x, {i: group})
-            like = jax.typeof(xx)
             for place, part in of_unit:
-                sums = next(found)
-                vx, of_part = (laid_out(each, like.shape, like.sharding) for each in sums)
-                off = _radial((vx, of_part), _over_layers(vx, of_part), near_group, near_layer)
+                off = _radial(*next(layers_of_moments), near_group, near_layer)
                 _subtract(kept, place, off, x, part)
         for i in (i for i in elsewhere(units, p) if decays[i]):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
@@ -190,9 +194,20 @@ def _cosine(gx: jax.Array, gg: jax.Array, xx: jax.Array) -> jax.Array:
     return jnp.abs(geometry.safe_divide(gx, geometry.safe_sqrt(gg) * geometry.safe_sqrt(xx)))
 
 
-def _over_layers(*values: jax.Array) -> list[jax.Array]:
-    """Sums over the groups of each layer, in one kernel."""
-    return [each[..., None] for each in sums_together(values, values[0].ndim - 1)]
+def _over_layers(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    """Sums over the groups of each layer; those of units that are alike in one kernel.
+
+    Not over several devices, which may have their groups in different places.
+    """
+    alike: dict[Any, list[int]] = {}
+    for n, of_unit in enumerate(sums):
+        alike.setdefault(jax.typeof(of_unit[0]) if on_one_device() else n, []).append(n)
+    found: list[Any] = [None] * len(sums)
+    for numbers in alike.values():
+        stacks = [jnp.stack(each) for each in zip(*(sums[n] for n in numbers), strict=True)]
+        for n, *each in zip(numbers, *sums_together(stacks, stacks[0].ndim - 1), strict=True):
+            found[n] = [layer[..., None] for layer in each]
+    return found
 
 
 def _radial(

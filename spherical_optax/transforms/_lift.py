@@ -65,7 +65,7 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
 
         def plan(unit: Unit, w: Any, x: Any, *parts: Any) -> Any:
             if remade is not None:  # made by a part of the same chain, and worth storing
-                w = {i: stored(leaf, remade) for i, leaf in w.items()}
+                w = {i: stored(leaf, remade, unit[i]) for i, leaf in w.items()}
             given, arrays = list(fields), {"update": w, "point": x}
             for place, part in zip(places, parts, strict=True):
                 given[place] = part[next(iter(unit))]

@@ -4,14 +4,14 @@ Adam's direction follows from its new moments, entry by entry. Where a step read
 twice, for its inner products and for its end, it may read the moments twice instead.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
 
-from spherical_optax._sums import Remade, once
+from spherical_optax._sums import Remade, for_sums, once
+from spherical_optax.groups import RadialGroup
 from spherical_optax.sharding import on_one_device
 
 # Operations on arrays of one shape, and on numbers, whose results do not depend on the shape.
@@ -72,10 +72,10 @@ def with_remade(
     return *after, remade
 
 
-def stored(update: jax.Array, remade: dict[int, Remade]) -> jax.Array | Remade:
+def stored(update: jax.Array, remade: dict[int, Remade], group: RadialGroup) -> jax.Array | Remade:
     """An update that is read twice: how it is made again, or as XLA's GPU compiler stores it."""
     known = remade.get(id(update))
-    return dataclasses.replace(known, value=once(update)) if known else once(update)
+    return for_sums(known, group) if known else once(update)
 
 
 def _maker(var: Any, eqns: list[Any], names: list[Any]) -> Callable[..., jax.Array]:
