@@ -18,6 +18,7 @@ Pair: TypeAlias = tuple[int, int]
 """The numbers of two arrays whose inner product is wanted."""
 
 ROWS = 16  # more are not unrolled by XLA's CPU compiler, and not vectorized
+LOADS = 48  # nor are more entries, of all arrays
 TURNS = 16  # of the loop that goes over the large arrays on a CPU
 WIDE = 1 << 14  # columns; above, XLA's CPU compiler makes even one sum slow, by 20 times
 SMALL = 1 << 16  # entries; below, nothing is gained on a CPU
@@ -294,13 +295,6 @@ def _split(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(outer, -1, rows, columns)
 
 
-def once(x: jax.Array) -> jax.Array:
-    """The array as it is, which XLA's GPU compiler shall not compute again where it is used."""
-    if x.ndim == 0:  # it would not, and might copy what is donated
-        return x
-    return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
-
-
 def for_sums(x: Remade, group: RadialGroup) -> Remade:
     """The array as the sums over its groups want it: on a GPU stored, or not."""
     if _block(_view(x.shape, group)):
@@ -321,6 +315,36 @@ def again(x: jax.Array | Remade) -> jax.Array:
         return x.make(x.parts, x.numbers)
 
     return lax.platform_dependent(x, cpu=on_cpu, cuda=on_gpu, default=_value)
+
+
+# --- what is computed once ------------------------------------------------------------------
+
+
+def once(x: jax.Array) -> jax.Array:
+    """The array as it is, which XLA's GPU compiler shall not compute again where it is used."""
+    return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
+
+
+def each_once(values: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """Values per group, of one shape, which no compiler shall compute again for each entry.
+
+    On a CPU barriers are gone when XLA fuses, but quotients are computed once.
+    """
+
+    def on_cpu(*values: jax.Array) -> Sequence[jax.Array]:
+        if not on_one_device():
+            return values
+        stack = jnp.stack(values)
+        one = (stack == stack).astype(stack.dtype)  # as far as XLA knows it may be 0, where NaN is
+        return jnp.unstack(stack / one)
+
+    def on_gpu(*values: jax.Array) -> Sequence[jax.Array]:
+        return tuple(lax.optimization_barrier(each) for each in values)
+
+    def on_others(*values: jax.Array) -> Sequence[jax.Array]:
+        return values
+
+    return lax.platform_dependent(*values, cpu=on_cpu, cuda=on_gpu, default=on_others)
 
 
 # --- on CPU -------------------------------------------------------------------------------
@@ -356,7 +380,8 @@ def _on_cpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
         elif job := _job(leaf):
             jobs[n] = job
         else:
-            sums = _in_turn(_products(leaf, _flat(leaf)), leaf.view.shape[-1])
+            columns = leaf.view.shape[-1]
+            sums = _in_turn(_products(leaf, _flat(leaf)), columns, _most(leaf))
             found[n] = _finished(leaf, sums)
 
     def turn(count: Any, carried: dict[int, list[jax.Array]]) -> dict[int, list[jax.Array]]:
@@ -379,8 +404,8 @@ def _job(leaf: _Leaf) -> _Job | None:
 
 def _by_rows(leaf: _Leaf) -> _Job:
     """Adds up a few rows of each group in a turn."""
-    (outer, summed, columns), flat = leaf.view.shape, _flat(leaf)
-    rows = max(range(ROWS // 2, ROWS + 1), key=lambda each: (summed // (TURNS * each) * each, each))
+    (outer, summed, columns), flat, most = leaf.view.shape, _flat(leaf), _most(leaf)
+    rows = max(range(most // 2, most + 1), key=lambda each: (summed // (TURNS * each) * each, each))
     entries = summed // (TURNS * rows) * columns
     used = TURNS * rows * entries
 
@@ -392,7 +417,8 @@ def _by_rows(leaf: _Leaf) -> _Job:
 
     def end(totals: list[jax.Array]) -> list[jax.Array]:
         sums, rest = _in_turn(totals, columns), [x[:, used:] for x in flat]
-        return _added(sums, _in_turn(_products(leaf, rest), columns)) if rest[0].size else sums
+        more = _in_turn(_products(leaf, rest), columns, most) if rest[0].size else None
+        return _added(sums, more) if more else sums
 
     zeros = jnp.zeros((outer, entries), leaf.dtype)
     return _Job([zeros] * len(leaf.pairs), step, end)
@@ -400,11 +426,11 @@ def _by_rows(leaf: _Leaf) -> _Job:
 
 def _by_groups(leaf: _Leaf) -> _Job:
     """Adds up all rows of a few groups in a turn."""
-    (outer, _, columns), flat = leaf.view.shape, _flat(leaf)
+    (outer, _, columns), flat, most = leaf.view.shape, _flat(leaf), _most(leaf)
     size = outer // TURNS
 
     def placed(totals: list[jax.Array], parts: list[jax.Array], start: Any) -> list[jax.Array]:
-        sums = zip(totals, _in_turn(_products(leaf, parts), columns), strict=True)
+        sums = zip(totals, _in_turn(_products(leaf, parts), columns, most), strict=True)
         return [lax.dynamic_update_slice_in_dim(total, each, start, 0) for total, each in sums]
 
     def step(count: Any, totals: list[jax.Array]) -> list[jax.Array]:
@@ -419,21 +445,28 @@ def _by_groups(leaf: _Leaf) -> _Job:
     return _Job([zeros] * len(leaf.pairs), step, end)
 
 
-def _in_turn(terms: Sequence[jax.Array], columns: int) -> list[jax.Array]:
+def _most(leaf: _Leaf) -> int:
+    """How many rows to add up in one kernel."""
+    return min(ROWS, max(2, LOADS // len(_flat(leaf))))
+
+
+def _in_turn(terms: Sequence[jax.Array], columns: int, most: int = ROWS) -> list[jax.Array]:
     """Sums over rows: of a few, far apart, in one kernel; then, in the same way, of what is left.
 
     Args:
       terms: Of shape (outer, rows times columns).
       columns: Entries of a row.
+      most: How many rows to add up in the first kernel.
     """
     left_over = []
     while (summed := terms[0].shape[1] // columns) > 1:
-        rows = next((each for each in range(ROWS, 7, -1) if summed % each == 0), min(ROWS, summed))
+        divisors = (each for each in range(most, most // 2 - 1, -1) if summed % each == 0)
+        rows = next(divisors, min(most, summed))
         used = summed // rows * rows * columns
         if summed % rows:
-            left_over.append(_in_turn([x[:, used:] for x in terms], columns))
+            left_over.append(_in_turn([x[:, used:] for x in terms], columns, most))
         parts = [x[:, :used].reshape(x.shape[0], rows, -1) for x in terms]
-        terms = _over_rows(parts)
+        terms, most = _over_rows(parts), ROWS
     return functools.reduce(_added, left_over, list(terms))
 
 

@@ -6,15 +6,15 @@ they return. Neighbours in a `chain` are lifted together, and share the two pass
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from spherical_optax import geometry
-from spherical_optax._sums import Remade, Wanted, again, once
+from spherical_optax._sums import Remade, Wanted, again, each_once
 from spherical_optax.groups import group_size
 from spherical_optax.transforms._alike import map_units
 from spherical_optax.transforms._pair import check_type, pair, per_entry
@@ -83,11 +83,12 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
             def finish(sums: list[Any]) -> dict[int, Any]:
                 products = dict(zip(wanted, sums, strict=True))
                 result, found = run(space(product=lambda *pair: products[pair]))
-                made: dict[Any, Any] = dict(arrays)
-                new = [_combined(made, result, unit, w)]
+                vectors = [result, *(each for each in found if isinstance(each, Vector))]
+                made = _Made(dict(arrays), _coefficients(vectors), unit)
+                new = [made.like(w, result)]
                 for place, part in zip(places, parts, strict=True):
                     if kinds[place] is per_entry:
-                        new.append(_combined(made, found[place], unit, part))
+                        new.append(made.like(part, found[place]))
                     elif found[place] is given[place]:
                         new.append(part)
                     else:
@@ -141,25 +142,56 @@ def _asked(
     return space, list(wanted)
 
 
-def _combined(made: dict[Any, Any], vector: Vector, unit: Unit, like: Any) -> dict[int, Any]:
-    """The arrays of a vector, of the dtypes of others."""
-    return {i: each.astype(like[i].dtype) for i, each in _made(made, vector, unit).items()}
+def _coefficients(vectors: Iterable[Vector]) -> dict[int, jax.Array]:
+    """From the `id` of each coefficient per group, in vectors and those they store, to it."""
+    found: dict[int, jax.Array] = {}
+
+    def find(vectors: Iterable[Any]) -> None:
+        for vector in vectors:
+            if isinstance(vector, Vector):
+                found.update((id(x), x) for x in vector.parts.values() if jnp.ndim(x))
+                find(vector.parts)
+
+    find(vectors)
+    if not found:
+        return {}
+    dtype = jnp.result_type(*found.values())
+    values = each_once([jnp.asarray(each, dtype) for each in found.values()])
+    return dict(zip(found, values, strict=True))
 
 
-def _made(made: dict[Any, Any], vector: str | Vector, unit: Unit) -> dict[int, Any]:
-    """The arrays of a vector; those of vectors that are stored are made once."""
-    if vector not in made:
-        total: dict[int, Any] = {}
-        for part, coefficient in vector.parts.items():  # type: ignore[union-attr]
-            arrays = _made(made, part, unit)
-            for i, group in unit.items():
-                term = geometry.wide(again(arrays[i]))
-                if not (isinstance(coefficient, int) and coefficient == 1):
-                    each = once(jnp.asarray(coefficient, term.dtype))
-                    term = term * (geometry.spread(each, term, group) if each.ndim else each)
-                total[i] = total[i] + term if i in total else term
-        made[vector] = total
-    return made[vector]
+class _Made(NamedTuple):
+    """The arrays that vectors are.
+
+    Attributes:
+      arrays: From the name of an array, or a vector that was made, to it, by leaf number.
+      coefficients: See `_coefficients`.
+      unit: From leaf number to `RadialGroup`.
+    """
+
+    arrays: dict[Any, Any]
+    coefficients: dict[int, jax.Array]
+    unit: Unit
+
+    def like(self, others: Any, vector: Vector) -> dict[int, Any]:
+        """The arrays of a vector, of the dtypes of others."""
+        return {i: each.astype(others[i].dtype) for i, each in self.of(vector).items()}
+
+    def of(self, vector: str | Vector) -> dict[int, Any]:
+        """The arrays of a vector; those of vectors that are stored are made once."""
+        if vector not in self.arrays:
+            total: dict[int, Any] = {}
+            for part, coefficient in vector.parts.items():  # type: ignore[union-attr]
+                arrays = self.of(part)
+                for i, group in self.unit.items():
+                    term = geometry.wide(again(arrays[i]))
+                    if not (isinstance(coefficient, int) and coefficient == 1):
+                        each = self.coefficients.get(id(coefficient), coefficient)
+                        each = jnp.asarray(each, term.dtype)
+                        term = term * (geometry.spread(each, term, group) if each.ndim else each)
+                    total[i] = total[i] + term if i in total else term
+            self.arrays[vector] = total
+        return self.arrays[vector]
 
 
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
