@@ -23,7 +23,7 @@ TURNS = 16  # of the loop that goes over the large arrays on a CPU
 WIDE = 1 << 14  # columns; above, XLA's CPU compiler makes even one sum slow, by 20 times
 SMALL = 1 << 16  # entries; below, nothing is gained on a CPU
 UNROLLED = 31  # rows; up to so many XLA's GPU compiler adds several sums up in one kernel
-SLICE = 20  # rows of those sums; with more, or with up to 16, it makes a kernel for each part
+SLICE = 20  # of such sums; found by trying: with 15 or 31 it makes several kernels
 FEW = 1 << 14  # entries; below, nothing is gained on a GPU
 
 
@@ -265,7 +265,8 @@ def _in_parts(leaf: _Leaf, rows: int) -> list[jax.Array]:
         totals = sums_together(sums, 1)
         return _finish(totals, shape, leaf.view, leaf.group)
     while sums[0].shape[1] > UNROLLED**2:
-        sums = lax.optimization_barrier([_split(each, UNROLLED).sum(2) for each in sums])
+        sums = list(sums_together([_split(each, UNROLLED) for each in sums], 2))
+        sums = lax.optimization_barrier(sums)
     # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
     few = [jnp.unstack(_split(each, min(each.shape[1], SLICE)), axis=1) for each in sums]
     totals = [functools.reduce(jnp.add, (part.sum(1) for part in each)) for each in few]
@@ -278,8 +279,7 @@ def _in_blocks(leaf: _Leaf, parts: list[jax.Array]) -> list[jax.Array]:
     The threads of a block share memory, which is enough for two sums over rows.
     """
     at_once = 2 if leaf.view.shape[-1] > 1 else len(leaf.pairs)
-    first = [any(_not_stored(leaf.arrays[each]) for each in pair) for pair in leaf.pairs]
-    pairs = sorted(leaf.pairs, key=lambda pair: not first[leaf.pairs.index(pair)])
+    pairs = sorted(leaf.pairs, key=lambda pair: all(not _not_stored(leaf.arrays[i]) for i in pair))
     found: dict[Pair, jax.Array] = {}
     for start in range(0, len(pairs), at_once):
         some = pairs[start : start + at_once]
@@ -293,28 +293,6 @@ def _split(x: jax.Array, rows: int) -> jax.Array:
     if summed % rows:
         x = jnp.pad(x, ((0, 0), (0, -summed % rows), (0, 0)))
     return x.reshape(outer, -1, rows, columns)
-
-
-def for_sums(x: Remade, group: RadialGroup) -> Remade:
-    """The array as the sums over its groups want it: on a GPU stored, or not."""
-    if _block(_view(x.shape, group)):
-        return dataclasses.replace(x, stored=False)
-    return dataclasses.replace(x, value=once(x.value))
-
-
-def again(x: jax.Array | Remade) -> jax.Array:
-    """The array, made again where it is not stored."""
-    if not isinstance(x, Remade):
-        return x
-
-    def on_gpu(x: Remade) -> jax.Array:
-        # Behind the barrier it is another array to the compiler, which else would store one.
-        return x.value if x.stored else x.make(lax.optimization_barrier(x.parts), x.numbers)
-
-    def on_cpu(x: Remade) -> jax.Array:
-        return x.make(x.parts, x.numbers)
-
-    return lax.platform_dependent(x, cpu=on_cpu, cuda=on_gpu, default=_value)
 
 
 # --- what is computed once ------------------------------------------------------------------
@@ -345,6 +323,28 @@ def each_once(values: Sequence[jax.Array]) -> Sequence[jax.Array]:
         return values
 
     return lax.platform_dependent(*values, cpu=on_cpu, cuda=on_gpu, default=on_others)
+
+
+def for_sums(x: Remade, group: RadialGroup) -> Remade:
+    """The array as the sums over its groups want it: on a GPU stored, or not."""
+    if _block(_view(x.shape, group)):
+        return dataclasses.replace(x, stored=False)
+    return dataclasses.replace(x, value=once(x.value))
+
+
+def again(x: jax.Array | Remade) -> jax.Array:
+    """The array, made again where it is not stored."""
+    if not isinstance(x, Remade):
+        return x
+
+    def on_gpu(x: Remade) -> jax.Array:
+        # Behind the barrier it is another array to the compiler, which else would store one.
+        return x.value if x.stored else x.make(lax.optimization_barrier(x.parts), x.numbers)
+
+    def on_cpu(x: Remade) -> jax.Array:
+        return x.make(x.parts, x.numbers)
+
+    return lax.platform_dependent(x, cpu=on_cpu, cuda=on_gpu, default=_value)
 
 
 # --- on CPU -------------------------------------------------------------------------------

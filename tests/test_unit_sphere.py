@@ -71,6 +71,8 @@ def test_sums_in_one_pass(x64):
         job = _sums._job(leaf)
         assert _sums._is_large(leaf)
         assert (job and [each.shape for each in job.start]) == (carried and [carried] * 3)
+        rows = [_sums._most(leaf._replace(arrays=arrays * times)) for times in (1, 2, 3)]
+        assert rows == [16, 12, 8]
 
     def wanted(vectors):
         return [_sums.Wanted(vectors, pairs, {i: group}) for i, group in enumerate(groups)]
@@ -321,6 +323,35 @@ def test_compiled_step_needs_little_memory(name):
     compiled, params = compiled_step(getattr(so, name)(1e-3, groups=GROUPS))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * total
+
+
+@pytest.mark.parametrize("name", ["adamsrt", "sgdmrt", "adamg", "hyperball"])
+def test_what_groups_share_is_computed_once(name):
+    """Not for each of their entries again: the kernels of entries know of groups what they use."""
+    tx = {
+        "adamsrt": so.adamsrt(1e-3, groups=GROUPS),
+        "sgdmrt": so.sgdmrt(1e-3, groups=GROUPS),
+        "adamg": so.adamg(1e-3, groups=GROUPS),
+        "hyperball": so.adamh(1e-3, groups=GROUPS, other_learning_rate=1e-3),
+    }[name]
+    text = compiled_step(tx)[0].as_text()
+    kernels = re.findall(r"= f32\[3,3,64,128\]\S* fusion\(.*calls=%(\S+?)[,\s]", text)
+    assert len(kernels) >= 2
+    for kernel in kernels:
+        body = text[text.index(f"%{kernel} (") :].split("\n}")[0]
+        assert re.findall(r"= f32\[(?:1,)?128\]\S* (?:add|multiply|divide|select)\(", body) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_values_computed_once_are_the_same(dtype, x64):
+    values = jnp.array([1.1, -0.0, 0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-37, -3e38], dtype)
+    arrays = [values, -values]
+    for found in (_sums.each_once(arrays), jax.jit(_sums.each_once)(arrays)):
+        for mine, other in zip(found, arrays, strict=True):
+            assert mine.dtype == other.dtype
+            mine, other = (np.asarray(each.astype("float64")) for each in (mine, other))
+            np.testing.assert_array_equal(mine, other)
+            np.testing.assert_array_equal(np.signbit(mine[:5]), np.signbit(other[:5]))
 
 
 def test_the_composition_copies():

@@ -195,19 +195,27 @@ def _cosine(gx: jax.Array, gg: jax.Array, xx: jax.Array) -> jax.Array:
 
 
 def _over_layers(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
-    """Sums over the groups of each layer; those of units that are alike in one kernel.
-
-    Not over several devices, which may have their groups in different places.
-    """
+    """Sums over the groups of each layer; on a GPU those of units that are alike in one kernel."""
     alike: dict[Any, list[int]] = {}
     for n, of_unit in enumerate(sums):
+        # Not over several devices, which may have their groups in different places.
         alike.setdefault(jax.typeof(of_unit[0]) if on_one_device() else n, []).append(n)
-    found: list[Any] = [None] * len(sums)
-    for numbers in alike.values():
-        stacks = [jnp.stack(each) for each in zip(*(sums[n] for n in numbers), strict=True)]
-        for n, *each in zip(numbers, *sums_together(stacks, stacks[0].ndim - 1), strict=True):
-            found[n] = [layer[..., None] for layer in each]
-    return found
+
+    def of_each(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        last = [of_unit[0].ndim - 1 for of_unit in sums]
+        return [list(sums_together(each, axis)) for each, axis in zip(sums, last, strict=True)]
+
+    def of_alike(sums: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        found: list[Any] = [None] * len(sums)
+        for numbers in alike.values():
+            stacks = [jnp.stack(each) for each in zip(*(sums[n] for n in numbers), strict=True)]
+            [totals] = of_each([stacks])
+            for n, *each in zip(numbers, *map(jnp.unstack, totals), strict=True):
+                found[n] = each
+        return found
+
+    layers = jax.lax.platform_dependent(sums, cuda=of_alike, default=of_each) if sums else []
+    return [[each[..., None] for each in of_unit] for of_unit in layers]
 
 
 def _radial(
