@@ -101,7 +101,7 @@ def _total(of_leaves: list[list[jax.Array]]) -> list[jax.Array]:
     for sums in others:
         like = jax.typeof(totals[0])
         sums = [laid_out(value, like.shape, like.sharding) for value in sums]
-        totals = [total + value for total, value in zip(totals, sums, strict=True)]
+        totals = _added(totals, sums)
     return totals
 
 
@@ -178,24 +178,21 @@ def _view(shape: tuple[int, ...], group: RadialGroup) -> View:
     return View((outer, summed, columns), start, stop, not axes)
 
 
-def _more(view: View, ndim: int, group: RadialGroup) -> bool:
+def _more(leaf: _Leaf) -> bool:
     """Whether anything is left to add up after the view's summed axes."""
+    ndim, view = len(leaf.arrays[0].shape), leaf.view
     kept = ndim - (view.stop - view.start)
-    return kept > len(group.axes(ndim)) or group.num_blocks is not None
+    return kept > len(leaf.group.axes(ndim)) or leaf.group.num_blocks is not None
 
 
-def _finish(
-    totals: Sequence[jax.Array], shape: tuple[int, ...], view: View, group: RadialGroup
-) -> list[jax.Array]:
+def _finish(leaf: _Leaf, totals: Sequence[jax.Array]) -> list[jax.Array]:
     """What is left to add up after the view's summed axes: other axes, and blocks."""
-    kept = (*shape[: view.start], *shape[view.stop :])
-    rest = _without(view.stop - view.start, len(shape), view, group)
-    return [geometry.sum_groups(total.reshape(kept), rest) for total in totals]
-
-
-def _without(removed: int, ndim: int, view: View, group: RadialGroup) -> RadialGroup:
-    axes = (axis if axis < view.start else axis - removed for axis in group.axes(ndim))
-    return RadialGroup(tuple(axes), group.num_blocks)
+    shape, (_, start, stop, _) = leaf.arrays[0].shape, leaf.view
+    kept = (*shape[:start], *shape[stop:])
+    axes = leaf.group.axes(len(shape))
+    rest = tuple(axis if axis < start else axis - (stop - start) for axis in axes)
+    group = RadialGroup(rest, leaf.group.num_blocks)
+    return [geometry.sum_groups(total.reshape(kept), group) for total in totals]
 
 
 def _add(a: Any, b: Any) -> Any:
@@ -253,7 +250,7 @@ def _on_gpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
 
 def _in_parts(leaf: _Leaf, rows: int) -> list[jax.Array]:
     """All sums of a few rows in one kernel, which reads each array once; then those of these."""
-    shape, viewed = leaf.arrays[0].shape, (_value(x).reshape(leaf.view.shape) for x in leaf.arrays)
+    viewed = (_value(x).reshape(leaf.view.shape) for x in leaf.arrays)
     parts = [_split(x, rows).astype(leaf.dtype) for x in viewed]
     if any(map(_not_stored, leaf.arrays)):
         sums = _in_blocks(leaf, parts)
@@ -261,16 +258,15 @@ def _in_parts(leaf: _Leaf, rows: int) -> list[jax.Array]:
         sums = [(parts[i] * parts[j]).sum(2) for i, j in leaf.pairs]
     # The compiler would make one sum of the two, as they were written before.
     sums = lax.optimization_barrier(sums)
-    if leaf.reduced or _more(leaf.view, len(shape), leaf.group):
-        totals = sums_together(sums, 1)
-        return _finish(totals, shape, leaf.view, leaf.group)
+    if leaf.reduced or _more(leaf):
+        return _finish(leaf, sums_together(sums, 1))
     while sums[0].shape[1] > UNROLLED**2:
         sums = list(sums_together([_split(each, UNROLLED) for each in sums], 2))
         sums = lax.optimization_barrier(sums)
     # Again few at a time: the kernel that adds up can compute what follows of the totals, too.
     few = [jnp.unstack(_split(each, min(each.shape[1], SLICE)), axis=1) for each in sums]
     totals = [functools.reduce(jnp.add, (part.sum(1) for part in each)) for each in few]
-    return _finish(totals, shape, leaf.view, leaf.group)
+    return _finish(leaf, totals)
 
 
 def _in_blocks(leaf: _Leaf, parts: list[jax.Array]) -> list[jax.Array]:
@@ -380,9 +376,9 @@ def _on_cpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
         elif job := _job(leaf):
             jobs[n] = job
         else:
-            columns = leaf.view.shape[-1]
-            sums = _in_turn(_products(leaf, _flat(leaf)), columns, _most(leaf))
-            found[n] = _finished(leaf, sums)
+            flat = _flat(leaf)
+            sums = _in_turn(_products(leaf, flat), leaf.view.shape[-1], _most(flat))
+            found[n] = _finish(leaf, sums)
 
     def turn(count: Any, carried: dict[int, list[jax.Array]]) -> dict[int, list[jax.Array]]:
         return {n: job.step(count, carried[n]) for n, job in jobs.items()}
@@ -390,7 +386,7 @@ def _on_cpu(leaves: list[_Leaf]) -> list[list[jax.Array]]:
     carried = {n: job.start for n, job in jobs.items()}
     carried = lax.fori_loop(0, TURNS, turn, carried) if jobs else {}
     for n, job in jobs.items():
-        found[n] = _finished(leaves[n], job.end(carried[n]))
+        found[n] = _finish(leaves[n], job.end(carried[n]))
     return found
 
 
@@ -404,7 +400,8 @@ def _job(leaf: _Leaf) -> _Job | None:
 
 def _by_rows(leaf: _Leaf) -> _Job:
     """Adds up a few rows of each group in a turn."""
-    (outer, summed, columns), flat, most = leaf.view.shape, _flat(leaf), _most(leaf)
+    (outer, summed, columns), flat = leaf.view.shape, _flat(leaf)
+    most = _most(flat)
     rows = max(range(most // 2, most + 1), key=lambda each: (summed // (TURNS * each) * each, each))
     entries = summed // (TURNS * rows) * columns
     used = TURNS * rows * entries
@@ -426,8 +423,8 @@ def _by_rows(leaf: _Leaf) -> _Job:
 
 def _by_groups(leaf: _Leaf) -> _Job:
     """Adds up all rows of a few groups in a turn."""
-    (outer, _, columns), flat, most = leaf.view.shape, _flat(leaf), _most(leaf)
-    size = outer // TURNS
+    (outer, _, columns), flat = leaf.view.shape, _flat(leaf)
+    size, most = outer // TURNS, _most(flat)
 
     def placed(totals: list[jax.Array], parts: list[jax.Array], start: Any) -> list[jax.Array]:
         sums = zip(totals, _in_turn(_products(leaf, parts), columns, most), strict=True)
@@ -445,9 +442,9 @@ def _by_groups(leaf: _Leaf) -> _Job:
     return _Job([zeros] * len(leaf.pairs), step, end)
 
 
-def _most(leaf: _Leaf) -> int:
-    """How many rows to add up in one kernel."""
-    return min(ROWS, max(2, LOADS // len(_flat(leaf))))
+def _most(flat: Sequence[jax.Array]) -> int:
+    """How many rows of so many arrays to add up in one kernel."""
+    return min(ROWS, max(2, LOADS // len(flat)))
 
 
 def _in_turn(terms: Sequence[jax.Array], columns: int, most: int = ROWS) -> list[jax.Array]:
@@ -497,7 +494,3 @@ def _products(leaf: _Leaf, flat: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _added(totals: Sequence[jax.Array], more: Sequence[jax.Array]) -> list[jax.Array]:
     return [total + each for total, each in zip(totals, more, strict=True)]
-
-
-def _finished(leaf: _Leaf, sums: Sequence[jax.Array]) -> list[jax.Array]:
-    return _finish(sums, leaf.arrays[0].shape, leaf.view, leaf.group)

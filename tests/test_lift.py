@@ -218,7 +218,7 @@ FILTERS = so.per_filter()
     ],
 )
 def test_a_direction_made_again(tx, kept, x64):
-    """Adam's follows from its new moments; where it does not, it may be kept in memory."""
+    """Adam's follows from its new moments, and is kept under jit only where it does not."""
     params, grads = tree_of({"w": (1024, 96)}, 0), tree_of({"w": (1024, 96)}, 1)
     params = so.center_params(params, FILTERS)
 
@@ -235,4 +235,7 @@ def test_a_direction_made_again(tx, kept, x64):
         results.append(x["w"])
     np.testing.assert_allclose(*results, rtol=1e-12, atol=1e-12)
     memory = compiled.memory_analysis().temp_size_in_bytes / params["w"].nbytes
-    assert kept or memory < 0.2
+    if not kept:
+        assert memory < 0.2
+    elif jax.__version_info__ < (0, 12):  # from then on XLA itself keeps fewer
+        assert memory > 1
