@@ -19,6 +19,9 @@ GROUPS = so.groups_by_path(
         r"blocks": so.per_channel_block(2),
     }
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
+
 SHAPES = {
     "conv": {"kernel": (3, 3, 2, 4)},
     "dense": {"kernel": (4, 5), "bias": (5,)},

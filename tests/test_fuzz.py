@@ -366,6 +366,7 @@ FIXED = ("hyperball", "rotational_adamw")
 """Those that refuse groups of one entry, and, unless `init` is traced, of norm zero."""
 
 
+@pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
 @fuzz(25)
 @given(case=cases(), name=st.sampled_from(sorted(TRANSFORMS)))
 def test_finite_gradients_keep_everything_finite(case, name):
@@ -393,6 +394,7 @@ def bounded(g, x, case):
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64) * factor, a.dtype), g)
 
 
+@pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
 @fuzz(12)
 @given(
     case=cases(),

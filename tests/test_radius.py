@@ -206,3 +206,148 @@ def test_joint_leaves_are_placed_together(x64):
     placed = so.place_on_sphere(params, JOINT, 2.0)
     total = sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(placed))
     np.testing.assert_allclose(total, 4.0, rtol=1e-12)
+
+
+REMEMBER = {
+    "retract": lambda: optax.chain(optax.sgd(0.05), so.retract(GROUPS)),
+    "retract(geodesic)": lambda: optax.chain(
+        optax.sgd(0.05), so.retract(GROUPS, method="geodesic")
+    ),
+    "hyperball": lambda: so.hyperball(
+        optax.scale_by_adam(), 0.05, groups=GROUPS, other_learning_rate=0.05
+    ),
+    "adamh": lambda: so.adamh(0.05, groups=GROUPS, other_learning_rate=0.05),
+    "rotational": lambda: so.rotational(optax.trace(0.9), 0.05, 0.05, groups=GROUPS),
+    "rotational_adamw": lambda: so.rotational_adamw(0.05, groups=GROUPS),
+    "rotational_lion": lambda: so.rotational_lion(0.05, groups=GROUPS),
+    "rotational_sgdm": lambda: so.rotational_sgdm(0.05, groups=GROUPS, weight_decay=0.1),
+    "split_radial": lambda: so.split_radial(optax.sgd(0.05), optax.sgd(0.05), GROUPS),
+}
+
+
+@pytest.mark.parametrize("factor", [1.01, 6.0, 1 / 50])
+@pytest.mark.parametrize("name", REMEMBER)
+def test_weights_loaded_after_init_train_as_if_loaded_before(name, factor, x64):
+    random, loaded = tree_of(PARAMS, 0), jax.tree.map(lambda x: factor * x, tree_of(PARAMS, 1))
+    grads, tx = [tree_of(PARAMS, seed) for seed in (2, 3)], REMEMBER[name]()
+    late = run(tx, loaded, grads, tx.init(random))[-1]
+    jax.tree.map(np.testing.assert_array_equal, late, run(tx, loaded, grads)[-1])
+
+
+@pytest.mark.parametrize("name", sorted(set(REMEMBER) - {"split_radial"}))
+def test_groups_replaced_in_training_keep_their_length(name, x64):
+    """Exchanged for another scale, cut to 0, and with a memory of zeros as padding gives it."""
+    tx, params, g = REMEMBER[name](), tree_of(PARAMS, 0), tree_of(PARAMS, 1)
+    state = tx.init(params)
+    updates, state = tx.update(g, state, params)
+    params = optax.apply_updates(params, updates)
+    factor = np.array([0.3, 3.0, 0.0, 1.0])
+    params["conv"]["kernel"] *= factor
+    cut = lengths(params, GROUPS)["conv/kernel"]
+    for _ in range(3):
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(lengths(params, GROUPS)["conv/kernel"], cut, rtol=1e-12)
+    assert lengths(params, GROUPS)["conv/kernel"][2] == 0
+
+
+def test_what_is_between_half_and_twice_is_drift_and_can_be_forgotten(x64):
+    tx, params = so.retract(GROUPS), tree_of(PARAMS, 0)
+    still = jax.tree.map(jnp.zeros_like, params)
+    state = tx.update(still, tx.init(params), params)[1]
+    before = lengths(params, GROUPS)
+    shrunk = jax.tree.map(lambda x: 0.6 * x, params)
+
+    def after(state):
+        return lengths(optax.apply_updates(shrunk, tx.update(still, state, shrunk)[0]), GROUPS)
+
+    for path, length in before.items():
+        np.testing.assert_allclose(after(state)[path], length, rtol=1e-12)
+        np.testing.assert_allclose(after(so.forget_radii(state))[path], 0.6 * length, rtol=1e-12)
+    part = after(so.forget_radii({"inner": (state,)}, "conv")["inner"][0])
+    np.testing.assert_allclose(part["conv/kernel"], 0.6 * before["conv/kernel"], rtol=1e-12)
+    np.testing.assert_allclose(part["fc/kernel"], before["fc/kernel"], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"that 'decoder' matches, found lengths at \['conv/kern"):
+        so.forget_radii(state, "decoder")
+
+
+WRAPPED = {
+    "alone": lambda tx: tx,
+    "lookahead": lambda tx: optax.lookahead(tx, 5, 0.5),
+    "shrink and perturb": lambda tx: optax.chain(tx, optax.add_decayed_weights(-0.01)),
+    "a scale behind": lambda tx: optax.chain(tx, optax.scale(0.5)),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "dtype", "entries", "steps", "tolerance"),
+    [
+        ("alone", "float32", 16, 40_000, 3e-3),
+        ("alone", "bfloat16", 64, 8000, 1e-2),
+        ("lookahead", "float32", 16, 10_000, 0.06),  # averages end inside the sphere
+        ("shrink and perturb", "float32", 16, 10_000, 0.011),
+        ("a scale behind", "float32", 16, 10_000, 3e-3),
+    ],
+)
+def test_lengths_do_not_drift(wrapper, dtype, entries, steps, tolerance):
+    groups = so.per_filter()
+    tx = WRAPPED[wrapper](so.hyperball(optax.identity(), 0.01, groups=groups))
+    x = jax.random.normal(jax.random.key(0), (entries, 4)).astype(dtype)
+    params = optax.LookaheadParams.init_synced(x) if wrapper == "lookahead" else x
+
+    @jax.jit
+    def train(params, state):
+        def body(carry, key):
+            params, state = carry
+            g = jax.random.normal(key, (entries, 4)).astype(dtype)
+            updates, state = tx.update(g, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.key(1), steps)
+        return jax.lax.scan(body, (params, state), keys)[0][0]
+
+    end = train(params, tx.init(params))
+    end = end.fast if wrapper == "lookahead" else end
+    np.testing.assert_allclose(
+        so.geometry.norm(end, groups), so.geometry.norm(x, groups), rtol=tolerance
+    )
+
+
+def finish(init, params):
+    """The state, after what its program calls on the host."""
+    state = init(params)
+    jax.effects_barrier()
+    return state
+
+
+@pytest.mark.parametrize("radius", [2.0, {"": 2.0}, "initial"])
+def test_a_group_of_length_zero_stays_so_and_is_not_silent(radius):
+    tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=so.per_filter(), radius=radius)
+    params = {"out": jnp.ones((3, 2)).at[:, 1].set(0)}
+    with pytest.raises(ValueError, match="out: expected groups of norm above 0, found 1 of 2"):
+        tx.init(params)
+    with pytest.warns(UserWarning, match=r"found 0 in out \(1 of 2\)") as seen:
+        state = finish(jax.jit(tx.init), params)
+    assert len(seen) == 1
+    for seed in range(5):
+        g = {"out": jax.random.normal(jax.random.key(seed), (3, 2))}
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["out"][:, 1], 0)
+
+
+def test_a_padded_state_takes_the_lengths_of_new_rows(x64):
+    """And the radius of a rule, which a state of zeros does not know."""
+    rows, old, new = so.RadialGroup((0,)), tree_of({"w": (5, 4)}, 0), tree_of({"w": (8, 4)}, 1)
+    grads = tree_of({"w": (8, 4)}, 2)
+    for radius, expected in (("initial", so.geometry.norm(new["w"], rows)), ({"w": 3.0}, 3.0)):
+        tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=rows, radius=radius)
+        state = tx.init(old)
+        padded = jax.tree.map(
+            lambda a, b: jnp.zeros(b.shape, b.dtype).at[: a.shape[0]].set(a) if a.ndim else a,
+            state,
+            jax.eval_shape(tx.init, new),
+        )
+        updates, _ = tx.update(grads, padded, new)
+        end = optax.apply_updates(new, updates)
+        np.testing.assert_allclose(so.geometry.norm(end["w"], rows), expected, rtol=1e-12)

@@ -6,9 +6,9 @@ import jax
 import optax
 
 
-def run(tx: optax.GradientTransformation, params: Any, grads: Any) -> list[Any]:
-    """The parameters before the first and after each step."""
-    state, path = tx.init(params), [params]
+def run(tx: optax.GradientTransformation, params: Any, grads: Any, state: Any = None) -> list[Any]:
+    """The parameters before the first and after each step, from a fresh state or the one given."""
+    state, path = tx.init(params) if state is None else state, [params]
     update = jax.jit(tx.update)
     for g in grads:
         updates, state = update(g, state, params)

@@ -9,11 +9,11 @@ from spherical_optax import _trees, geometry
 from spherical_optax.groups import Groups, group_size, radial_units
 from spherical_optax.optimizers._direction import check_direction
 from spherical_optax.transforms._center import off_center
-from spherical_optax.transforms._units import check_values
+from spherical_optax.transforms._units import check_values, warn_of_zeros
 
 
 def require_spheres(
-    who: str, groups: Groups, *, center: bool = False
+    who: str, groups: Groups, *, center: bool = False, warn: bool = False
 ) -> optax.GradientTransformation:
     """Raises at `init` unless there are groups and each of them has a direction to turn.
 
@@ -21,6 +21,7 @@ def require_spheres(
       who: The optimizer.
       groups: See the module `spherical_optax.groups`.
       center: Whether groups must be centred.
+      warn: Whether to warn of groups of length 0 where their values are traced.
     """
 
     def check(params: optax.Params) -> None:
@@ -46,6 +47,8 @@ def require_spheres(
             "groups of norm above 0",
             "of norm 0; initialise them otherwise, or give the leaf no group",
         )
+        if warn:
+            warn_of_zeros(who, params, units)
         if center:
             check_values(
                 who,

@@ -40,12 +40,11 @@ def hyperball(
     x' = r normalize(x - learning_rate |x| w / |w|)
     ```
 
-    with w the direction of `inner` and r the radius at `init`. `adamh` and `muonh` are this with
-    the directions of Adam and of Muon.
+    with w the direction of `inner` and r the length that training begins with. `adamh` and
+    `muonh` are this with the directions of Adam and of Muon.
 
-    Groups need a radius: initialise output projections with something else than zeros. Where
-    `init` is traced, as by `jax.jit`, their values cannot be looked at, and a group of norm zero
-    stays close to zero.
+    Groups need a length: initialise output projections with something else than zeros. A group
+    of length 0 does not move; `init` refuses it, and warns where it is traced, as by `jax.jit`.
 
     Args:
       inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
@@ -55,8 +54,9 @@ def hyperball(
       other_learning_rate: That of leaves without a group, which take inner's update as it
         is; a number or a schedule. Where there are such leaves it has to be given, as an angle
         is too much for most.
-      radius: The radius to keep, if not that at `init`, in the forms of `place_on_sphere`, which
-        puts weights there at once; `retract` takes a few steps where they are far outside.
+      radius: The radius to keep, as in `retract`: `"initial"` for the length that training begins
+        with, or one of the forms of `place_on_sphere`, which puts weights there at once;
+        `retract` takes a few steps where they are far outside.
 
     Returns:
       The optimizer; `update` needs params.
@@ -80,8 +80,9 @@ def hyperball(
       Wen et al., Hyperball, 2026.
     """
     check_transformation("hyperball", inner)
+    initial = isinstance(radius, str) and radius == "initial"
     return chain(
-        require_spheres("hyperball", groups),
+        require_spheres("hyperball", groups, warn=not initial),  # retract warns of its own
         require_other_rate("hyperball", groups, other_learning_rate),
         require_direction("hyperball", inner, groups),
         inner,
@@ -110,8 +111,8 @@ def rotational(
     x' = r normalize(x - average_angle r p / (sqrt(shat) + eps))
     ```
 
-    with w the direction of `inner` and r the radius at `init`. Leaves without a group
-    step by learning_rate (w + weight_decay x). Groups need a radius, as in `hyperball`.
+    with w the direction of `inner` and r the length that training begins with. Leaves without a
+    group step by learning_rate (w + weight_decay x). Groups need a length, as in `hyperball`.
 
     Args:
       inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not

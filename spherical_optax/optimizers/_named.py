@@ -29,8 +29,8 @@ def adamh(
     w = mhat / (sqrt(vhat) + eps)        x' = r normalize(x - learning_rate r w / |w|)
     ```
 
-    with r the radius at `init`. There is no weight decay in groups, whose radius is fixed;
-    other leaves follow Adam, without decay.
+    with r the length that training begins with. There is no weight decay in groups, whose radius
+    is fixed; other leaves follow Adam, without decay.
 
     Args:
       learning_rate: A number or a schedule: the length of a step relative to the radius.
@@ -87,9 +87,9 @@ def muonh(
     x' = r normalize(x - learning_rate r w / |w|)
     ```
 
-    with r the radius at `init`. The matrix of a group is its two axes; those that index groups,
-    as of stacked layers and experts, are batch axes. Of a leaf of two axes whose groups are rows
-    or columns, Muon's matrix is the leaf.
+    with r the length that training begins with. The matrix of a group is its two axes; those that
+    index groups, as of stacked layers and experts, are batch axes. Of a leaf of two axes whose
+    groups are rows or columns, Muon's matrix is the leaf.
 
     Args:
       learning_rate: A number or a schedule: the length of a step relative to the radius.

@@ -9,6 +9,7 @@ state has the structure of the parameters.
 from spherical_optax.transforms._adamg_star import ScaleByAdamGStarState, scale_by_adamg_star
 from spherical_optax.transforms._adams import ScaleByAdamsState, scale_by_adams
 from spherical_optax.transforms._center import center_params
+from spherical_optax.transforms._forget import forget_radii
 from spherical_optax.transforms._invariance import ProjectIfTangentState, project_if_tangent
 from spherical_optax.transforms._normalize import (
     NormalizeUpdatesState,
@@ -39,6 +40,7 @@ __all__ = [
     "TransportedTraceState",
     "center_params",
     "center_updates",
+    "forget_radii",
     "normalize_updates",
     "place_on_sphere",
     "project_if_tangent",

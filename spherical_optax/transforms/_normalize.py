@@ -42,13 +42,13 @@ def normalize_updates(
     """Scales each group's update to the length of its weights.
 
     ```
-    |x| v / |v|                                  without decay (v where |x| = 0)
+    |x| v / |v|                                  without decay
     |x| v / (sqrt(mean of |v|^2) + eps)          with decay: the length on average
     mean of |v|^2 = decay mean of |v|^2 + (1 - decay) |v|^2, corrected for its bias
     ```
 
     Times a learning rate, a tangent update then turns its group by that many radians, to
-    first order. Leaves without a group keep their update.
+    first order. A group of length 0 gets a step of 0. Leaves without a group keep their update.
 
     The sign stays. It goes behind a `scale_by_*` and before `optax.scale_by_learning_rate`,
     which turns the sign; behind a whole optimizer, which has turned it, a second time climbs.
@@ -87,7 +87,7 @@ def normalize_updates(
         return NormalizeUpdatesState(jnp.zeros([], jnp.int32), state_like(params, zeros, zero))
 
     def to_radius(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        return v * _factor(x.norm(), v.norm()), state
+        return v * geometry.safe_divide(x.norm(), v.norm()), state
 
     if decay is None:
         return lift(Step("normalize_updates", groups, init, optax.EmptyState(), only(to_radius)))
@@ -100,15 +100,10 @@ def normalize_updates(
         square = v.square().astype(state.mean_square.dtype)
         mean = decay * state.mean_square + (1 - decay) * square
         length = geometry.safe_sqrt(mean / bias_correction(decay, state.steps, mean)) + eps
-        return v * _factor(x.norm(), length), state._replace(mean_square=mean)
+        return v * geometry.safe_divide(x.norm(), length), state._replace(mean_square=mean)
 
     kinds = NormalizeUpdatesState(shared, per_group)
     return lift(Step("normalize_updates", groups, init, kinds, begin))
-
-
-def _factor(radius: jax.Array, length: jax.Array) -> jax.Array:
-    """Radius / length, and 1 where either is zero."""
-    return jnp.where((radius > 0) & (length > 0), radius / jnp.where(length == 0, 1, length), 1)
 
 
 def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:

@@ -44,6 +44,15 @@ def check_radius(who: str, radius: Any, words: tuple[str, ...] = ("sqrt(d)",)) -
         check_number(who, "radius", radius, above=0)
 
 
+def remembered(target: jax.Array, r: jax.Array) -> jax.Array:
+    """The radius to keep, of the one remembered and the length found: `radius="initial"`.
+
+    Rounding, averaging and decay do not halve or double a length in a step: that was someone
+    who loaded, cut or added weights, and a memory of 0 is none.
+    """
+    return jnp.where((target / 2 <= r) & (r <= 2 * target), target, r)
+
+
 def radii_of(who: str, radius: Any, units: list[Unit], params: Any) -> list[Any]:
     """The radius of each unit's groups, one number for all of them.
 

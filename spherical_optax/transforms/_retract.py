@@ -11,22 +11,19 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._lift import lift
+from spherical_optax.transforms._lift import Lifted, lift
 from spherical_optax.transforms._pair import pair, per_group, resolve
-from spherical_optax.transforms._radius import Radius, check_radius, radii_of
+from spherical_optax.transforms._radius import Radius, check_radius, radii_of, remembered
 from spherical_optax.transforms._span import Step, Vector, only
 from spherical_optax.transforms._units import (
     check_values,
-    evaluated,
-    per_leaf,
-    pick,
     present,
     state_like,
+    warn_of_zeros,
     zero,
     zeros_per_group,
 )
 
-# How short a step may make a group, relative to its length, and keep its direction.
 SHORTEST, SHORTEST_NARROW = 1 / 128, 1 / 2
 
 OwnRetraction: TypeAlias = Callable[[Any, Any, Any], Any]
@@ -38,8 +35,8 @@ class RetractState(NamedTuple):
     """State of `retract`, unless its radius is a number or its retraction your own.
 
     Attributes:
-      target_radius: The radius of each group's sphere: |x| at `init`, or as the rules have it; a
-        `jax.ShapeDtypeStruct` where the parameter was one: a number would be a wrong radius.
+      target_radius: The radius of each group's sphere: the length that is remembered, 0 where
+        none is yet; or what the rules say.
     """
 
     target_radius: optax.Params
@@ -66,9 +63,11 @@ def retract(
 
     Args:
       groups: See the module `spherical_optax.groups`.
-      radius: The sphere's radius, in the forms of `place_on_sphere`, or `"initial"` for that of
-        each group at `init`, which is kept in the state so that repeated rounding does not
-        drift. A group of norm zero at `init` has no sphere then, and steps freely.
+      radius: The sphere's radius, in the forms of `place_on_sphere`, or `"initial"`: the length
+        that training begins with. The first update remembers the length that it finds; a later
+        one replaces it only where a group has become more than twice or less than half as long.
+        So rounding does not drift, and weights that were loaded, cut or added keep their length.
+        A group of length 0 stays 0. `forget_radii` makes the next update remember anew.
       method: `"normalize"`; `"geodesic"` to follow the great circle; or a function
         `f(x, v, group)` that returns where the step v from x ends, an array like x: it has a
         surface of its own and radius stays as it is. It is given float32 at least, and for a
@@ -83,8 +82,11 @@ def retract(
     Raises:
       TypeError, ValueError: If the radius is not positive, the method unknown, keep out of range
         or not for that radius; at `init`, if `groups` or the rules do not fit the parameters, or
-        an initial radius is known to be NaN or infinite; in `update`, if a function's result is
+        an initial length is known to be NaN or infinite; in `update`, if a function's result is
         not like x.
+
+    Warns:
+      UserWarning: At `init`, traced or not, if a group whose length is to be kept has length 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -124,38 +126,40 @@ def retract(
                 "groups of finite norm",
                 "of norm NaN or infinite; look at how they were initialised",
             )
-        given = [None] * len(units) if initial else radii_of("retract", radius, units, params)
-        zeros = zeros_per_group(units, x)
-        targets: dict[int, jax.Array] = {}
-        for unit, number in zip(units, given, strict=True):
+            warn_of_zeros("retract", params, units)
+        else:
+            radii_of("retract", radius, units, params)
+        return RetractState(state_like(params, zeros_per_group(units, x), zero))
 
-            def radii(x: Any, unit: Any = unit, number: Any = number) -> dict[int, jax.Array]:
-                lengths = geometry.norm(x, unit)
-                return per_leaf(lengths if initial else jnp.full_like(lengths, number), unit, zeros)
+    def begin(updates: Any, state: RetractState, params: Any) -> Any:
+        if initial:
+            return updates, state, by_memory
+        units, _, (_, targets), unflatten = pair(
+            "retract", groups, params, params, (state.target_radius, per_group)
+        )
+        for unit, number in zip(units, radii_of("retract", radius, units, params), strict=True):
+            for i in unit:
+                targets[i] = jnp.full_like(targets[i], number)
+        leaves = _trees.flatten(params)[0]
+        return updates, RetractState(unflatten(leaves, targets)[1]), by_rule
 
-            targets |= evaluated(radii, pick(unit, x))
-        return RetractState(target_radius=state_like(params, targets, zero))
+    def by_memory(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        target = remembered(state.target_radius, x.norm())
+        radius = target if keep is None else target + keep * ((x + v).norm() - target)
+        step, radius = _to_radius(v, x, radius, method)
+        step = step.where(target > 0, v * 0)  # without a length there is no direction to keep
+        new = target if keep is None else jnp.where(target > 0, radius, target)
+        return step, RetractState(new)
 
-    def end(v: Vector, x: Vector, target: Any) -> tuple[Vector, Any]:
-        """The step, and the radius at which it ends."""
-        shortest = SHORTEST if jnp.finfo(v.space.dtype).bits >= 32 else SHORTEST_NARROW
-        if keep is not None:
-            target = target + keep * ((x + v).norm() - target)
-        radius = jnp.maximum(target, shortest * x.norm())
-        return _ending(v, x, radius, method), radius
-
-    def by_state(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        target = state.target_radius
-        step, radius = end(v, x, target)
-        new = state if keep is None else RetractState(jnp.where(target > 0, radius, target))
-        return step.where(target > 0, v), new
+    def by_rule(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        return _to_radius(v, x, state.target_radius, method)[0], state
 
     def by_number(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         number = np.sqrt(v.space.size) if isinstance(radius, str) else radius
-        return end(v, x, jnp.asarray(number))[0], state
+        return _to_radius(v, x, jnp.asarray(number), method)[0], state
 
     if in_state:
-        return lift(Step("retract", groups, init, RetractState(per_group), only(by_state)))
+        return lift(Step("retract", groups, init, RetractState(per_group), begin))
     return lift(Step("retract", groups, init, optax.EmptyState(), only(by_number)))
 
 
@@ -200,6 +204,34 @@ def _by_function(
         return unflatten(v)[0], state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def retract_to(groups: Groups) -> Lifted:
+    """Retraction to the radii in a `RetractState`, 0 for groups that step freely."""
+
+    def init(params: optax.Params) -> RetractState:
+        return RetractState(
+            state_like(params, zeros_per_group(*resolve("retract", groups, params)), zero)
+        )
+
+    def to_state(v: Vector, x: Vector, state: RetractState) -> tuple[Vector, Any]:
+        step, _ = _to_radius(v, x, state.target_radius, "normalize")
+        return step.where(state.target_radius > 0, v), state
+
+    return lift(Step("retract", groups, init, RetractState(per_group), only(to_state)))
+
+
+def shortest(dtype: Any) -> float:
+    """How short a step may make a group, relative to its length, and keep its direction."""
+    return SHORTEST if jnp.finfo(dtype).bits >= 32 else SHORTEST_NARROW
+
+
+def _to_radius(
+    v: Vector, x: Vector, radius: Any, method: geometry.Retraction
+) -> tuple[Vector, Any]:
+    """The step, and the radius at which it ends."""
+    radius = jnp.maximum(radius, shortest(v.space.dtype) * x.norm())
+    return _ending(v, x, radius, method), radius
 
 
 def _ending(v: Vector, x: Vector, radius: Any, method: geometry.Retraction) -> Vector:

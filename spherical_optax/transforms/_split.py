@@ -11,7 +11,8 @@ from spherical_optax.groups import Groups
 from spherical_optax.transforms._lift import chain
 from spherical_optax.transforms._pair import check_type, pair, per_group
 from spherical_optax.transforms._project import project_radial
-from spherical_optax.transforms._retract import SHORTEST, RetractState, retract
+from spherical_optax.transforms._radius import remembered
+from spherical_optax.transforms._retract import RetractState, retract_to, shortest
 from spherical_optax.transforms._units import per_leaf, pick, present
 
 
@@ -54,8 +55,8 @@ def split_radial(
 
     Returns:
       A transformation with state `SplitRadialState`; `update` needs params. Lengths are kept in
-      the state, in float32 at least. One step makes a group at most 128 times shorter; a group
-      of norm zero at `init` has no direction, and follows tangent.
+      the state, in float32 at least, as `retract` remembers initial ones. One step makes a group
+      at most 128 times shorter. A group of length 0 has no direction, and follows tangent.
 
     Raises:
       TypeError, ValueError: If tangent or radial is no transformation; at `init`, if `groups`
@@ -76,11 +77,11 @@ def split_radial(
     check_transformation("split_radial", tangent, "tangent")
     check_transformation("split_radial", radial, "radial")
     parts = [optax.with_extra_args_support(tx) for tx in (tangent, radial)]
-    lengths_at_init, project = retract(groups), project_radial(groups)
-    end = chain(project, lengths_at_init)
+    at_length, project = retract_to(groups), project_radial(groups)
+    end = chain(project, at_length)
 
     def init(params: optax.Params) -> SplitRadialState:
-        lengths = lengths_at_init.init(params).target_radius
+        lengths = at_length.init(params).target_radius
         return SplitRadialState(lengths, parts[0].init(params), parts[1].init(lengths))
 
     def update(
@@ -93,6 +94,10 @@ def split_radial(
         units, x, (g, lengths), unflatten = pair(
             "split_radial", groups, params, updates, (state.lengths, per_group)
         )
+        for unit in units:
+            r = per_leaf(geometry.norm(pick(unit, x), unit), unit, lengths)
+            for i in unit:
+                lengths[i] = remembered(lengths[i], r[i])
         slopes = [None if length is None else jnp.zeros_like(length) for length in lengths]
         there = present(units, g, params)
         for unit in there:
@@ -101,11 +106,11 @@ def split_radial(
             for i, each in per_leaf(slope, unit, lengths).items():
                 slopes[i] = each
         changes, radial_state = parts[1].update(
-            unflatten(g, slopes)[1], state.radial_state, state.lengths, **extra_args
+            unflatten(g, slopes)[1], state.radial_state, unflatten(g, lengths)[1], **extra_args
         )
         change = pair("split_radial", groups, params, updates, (changes, per_group)).leaves[1]
         for i in (i for unit in there for i in unit):
-            longer = jnp.maximum(lengths[i] + change[i], SHORTEST * lengths[i])
+            longer = jnp.maximum(lengths[i] + change[i], shortest(x[i].dtype) * lengths[i])
             lengths[i] = jnp.where(lengths[i] > 0, longer, 0).astype(lengths[i].dtype)
         new_lengths = unflatten(g, lengths)[1]
 

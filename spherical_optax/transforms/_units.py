@@ -1,6 +1,7 @@
 """What the transforms share: leaves picked by unit, and state kept per group."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -131,23 +132,71 @@ def check_values(
       expected: What groups should be, in words.
       found: What bad groups are, and how to put it right.
     """
-    leaves = _trees.visible_leaves(params)
-    counts: dict[int, jax.Array] = {}
-    for number, unit in enumerate(units):
-        x = {i: leaves[i].value for i in unit}
-        if all(_known(value) for value in x.values()):
-            counts[number] = jnp.sum(bad(x, unit))
+    counts = _counts(params, units, bad, _known)
     known = {number: count for number, count in counts.items() if _known(count)}
     for number, count in jax.device_get(known).items():
         if count:
-            i, group = next(iter(units[number].items()))
-            total = math.prod(group.shape(leaves[i].value.shape))
+            names, total = _named(params, units[number])
             raise ValueError(
-                f"{who}: {', '.join(leaves[i].path for i in units[number])}: expected {expected}, "
-                f"found {count} of {total} {found}."
+                f"{who}: {names}: expected {expected}, found {count} of {total} {found}."
             )
 
 
-def _known(value: Any) -> bool:
-    """Whether this is an array whose values can be looked at."""
-    return isinstance(value, jax.Array | np.ndarray) and not isinstance(value, jax.core.Tracer)
+def warn_of_zeros(who: str, params: Any, units: list[Unit]) -> None:
+    """Warns of groups of length 0: at once, or from the host where the values are traced."""
+    counts = _counts(
+        params,
+        units,
+        lambda x, unit: geometry.norm(x, unit) == 0,
+        lambda value: _known(value, True),
+    )
+    if not counts:
+        return
+    named = [_named(params, units[number]) for number in counts]
+
+    def warn(*counts: Any) -> None:
+        bad = [
+            f"{names} ({int(np.max(count))} of {total})"
+            for (names, total), count in zip(named, counts, strict=True)
+            if np.any(count)
+        ]
+        if bad:
+            warnings.warn(
+                f"{who}: expected groups of length above 0, found 0 in {', '.join(bad)}: a step "
+                "relative to a length of 0 is none, so they never move; initialise them "
+                "otherwise, or give the leaf no group.",
+                stacklevel=2,
+            )
+
+    if all(_known(count) for count in counts.values()):
+        warn(*jax.device_get(list(counts.values())))
+    else:
+        jax.debug.callback(warn, *counts.values())
+
+
+def _counts(
+    params: Any,
+    units: list[Unit],
+    bad: Callable[[dict[int, Any], Unit], jax.Array],
+    readable: Callable[[Any], bool],
+) -> dict[int, jax.Array]:
+    """How many groups of each unit are bad, by the unit's number, where they can be read."""
+    leaves = _trees.visible_leaves(params)
+    return {
+        number: jnp.sum(bad(pick(unit, [leaf.value for leaf in leaves]), unit))
+        for number, unit in enumerate(units)
+        if all(readable(leaves[i].value) for i in unit)
+    }
+
+
+def _named(params: Any, unit: Unit) -> tuple[str, int]:
+    """The paths of a unit's leaves, and how many groups it has."""
+    leaves = _trees.visible_leaves(params)
+    i, group = next(iter(unit.items()))
+    return ", ".join(leaves[i].path for i in unit), math.prod(group.shape(leaves[i].value.shape))
+
+
+def _known(value: Any, traced: bool = False) -> bool:
+    """Whether this is an array whose values can be looked at, or is traced where that will do."""
+    array = isinstance(value, jax.Array | np.ndarray)
+    return array and (traced or not isinstance(value, jax.core.Tracer))
