@@ -91,6 +91,7 @@ def test_state_of_another_transformation_is_refused():
             make().update(params, state, params)
 
 
+@pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
 @pytest.mark.parametrize("make", [so.scale_by_adamsrt, so.retract, so.record_sphere])
 def test_state_keeps_its_type_on_its_ways(make):
     """Through tree maps, dictionaries of a checkpoint, and abstract evaluation."""
