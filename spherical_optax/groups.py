@@ -425,7 +425,7 @@ def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup
         group.shape(shape)
     except ValueError as error:
         raise ValueError(f"{leaf.path} of shape {shape}: {error}, in {group}.") from None
-    return group
+    return group if 0 not in shape else None  # a leaf without entries has nothing to turn
 
 
 class Finding(NamedTuple):

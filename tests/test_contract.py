@@ -6,6 +6,7 @@ tests share their programs: each entry is built once, and its plain runs are kep
 
 import functools
 import inspect
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -271,19 +272,68 @@ def test_updates_and_state_keep_structure_shapes_and_dtypes(name, dtype):
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize(
-    "name", ["scale_by_adams", "scale_by_adamsrt", "transported_trace", "adams", "adamsrt", "adamg"]
-)
-@pytest.mark.parametrize(
-    ("params_dtype", "grads_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
-)
-def test_mixed_precision_keeps_the_types_of_state_and_updates(name, params_dtype, grads_dtype):
-    tx, params, (g, *_) = build(name), params_of(params_dtype), gradients(grads_dtype)
+RECORDERS = ("record_sphere", "record_gradient")
+"""What hands updates on as they are; the recorder around an optimizer, as that gives them."""
+
+
+@pytest.mark.parametrize("params_dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("grads_dtype", ["bfloat16", "float16", "float32"])
+def test_updates_are_of_the_parameters_dtype(name, params_dtype, grads_dtype):
+    tx, params, grads = build(name), params_of(params_dtype), gradients(grads_dtype, 2)
     state = tx.init(params)
-    updates, new_state = jax.eval_shape(tx.update, g, state, params)
-    assert types(new_state) == types(state)
-    if "_" in name:
-        assert types(updates) == types(g)
+    for g in grads:
+        updates, after = jax.eval_shape(tx.update, g, state, params)
+        if name != "record_effective_learning_rate":
+            assert types(updates) == types(g if name in RECORDERS else params)
+        assert types(after) == types(state)
+        state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), after)
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLE) - set(RECORDERS)))
+def test_narrow_gradients_are_widened_before_anything_is_computed(name):
+    """Not after Optax has multiplied them by 1 - b1 in bfloat16."""
+    tx, params, [g] = build(name), params_of(), gradients("bfloat16", 1)
+    wide = jax.tree.map(lambda x: x.astype("float32"), g)
+    ends = [tx.update(each, tx.init(params), params) for each in (g, wide)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_weights_replaced_after_init(name):
+    """As if they had been there: no transformation keeps what `init` saw of their values."""
+    loaded = jax.tree.map(lambda x: 6 * x, params_of(seed=7))
+    tx = build(name)
+    late = run(tx, loaded, gradients(), tx.init(params_of()))
+    equal(late, run(tx, loaded, gradients()))
+
+
+def test_leaves_without_entries(name):
+    tx, params, [g] = build(name), params_of(), gradients(steps=1)
+    expected, _ = tx.update(g, tx.init(params), params)
+    for tree in (params, g):
+        tree["memory"] = {"conv": {"kernel": jnp.ones((0, 3))}}
+    state = tx.init(params)
+    updates, after = tx.update(g, state, params)
+    assert types(updates["memory"]) == types(params["memory"])
+    assert types(after) == types(state)
+    equal({key: updates[key] for key in expected}, expected)
+
+
+def test_a_state_of_other_shapes_is_refused(name):
+    """A leaf with a group and one without that grew; a state that does not depend on it fits."""
+    tx = build(name)
+    state = tx.init(params_of())
+    for path in (("conv", "kernel"), ("dense", "kernel"), ("head", "kernel")):
+        params, [g] = params_of(), gradients(steps=1)
+        for tree in (params, g):
+            inner = tree[path[0]]
+            inner[path[1]] = jnp.concatenate([inner[path[1]]] * 2, axis=-2)
+        if types(jax.eval_shape(tx.init, params)) == types(state):
+            jax.eval_shape(tx.update, g, state, params)
+            continue
+        shape = re.escape(str(params[path[0]][path[1]].shape))
+        message = rf"{'/'.join(path)} of shape {shape}: expected state of shape \(.*\), found \("
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(tx.update, g, state, params)
 
 
 def test_abstract_init(name):
@@ -588,6 +638,11 @@ def test_updates_of_other_paths_or_shapes_are_refused(name):
         tx.update(turned, state, params)
 
 
+OPTIMIZERS = ["adamsrt", "adamsrtw", "adamsw", "sgdmrt", "adamg", "adamg_star", "adamp", "sgdp"]
+OPTIMIZERS += ["hyperball", "adamh", "muonh", "rotational"]
+OPTIMIZERS += ["rotational_adamw", "rotational_sgdm", "rotational_lion"]
+
+
 @pytest.mark.parametrize(
     ("name", "transform"),
     [
@@ -596,16 +651,19 @@ def test_updates_of_other_paths_or_shapes_are_refused(name):
         ("retract", "retract"),
         ("record_sphere", "record_sphere"),
         ("record_gradient", "record_gradient"),
-        ("adamsrt", "scale_by_adamsrt"),
-        ("sgdmrt", "transported_trace"),
-        ("adamg", "adamg"),
+        *((name, name.partition("(")[0]) for name in OPTIMIZERS),
     ],
 )
 def test_update_without_params_names_the_transform(name, transform):
     entry, params, (g, *_) = TABLE[name], params_of(), gradients()
-    numbers = {key: value for key, value in entry.numbers.items() if key != "weight_decay"}
+    needed = inspect.signature(entry.factory).parameters
+    numbers = {
+        key: value
+        for key, value in entry.numbers.items()
+        if key != "weight_decay" or needed[key].default is inspect.Parameter.empty
+    }
     tx = entry.factory(groups=GROUPS, **numbers)
-    message = rf"{transform} requires the current value of the parameters, but `params` was not"
+    message = rf"^{transform} requires the current value of the parameters, but `params` was not"
     with pytest.raises(ValueError, match=message):
         tx.update(g, tx.init(params))
 

@@ -22,6 +22,7 @@ from spherical_optax.transforms import (
     ScaleByAdamsState,
     TransportedTraceState,
 )
+from spherical_optax.transforms._foreign import foreign
 from spherical_optax.transforms._pair import check_type, pair, per_entry, resolve
 from spherical_optax.transforms._units import Unit, pick
 
@@ -200,7 +201,7 @@ def record_effective_learning_rate(
             check_number("record_effective_learning_rate", name, value, below=1)
     if eps is not None:
         check_number("record_effective_learning_rate", "eps", eps)
-    wrapped = optax.with_extra_args_support(tx)
+    wrapped = foreign("record_effective_learning_rate", tx)
 
     def rates(g: Any, v: Any, x: Any, state: Any, params: Any, unit: Unit) -> tuple[Any, Any]:
         """The effective learning rate, and the cosine of the step and of what it should follow."""

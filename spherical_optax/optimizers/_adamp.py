@@ -11,6 +11,7 @@ from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._parts import learning_rates
 from spherical_optax.transforms import project_if_tangent
+from spherical_optax.transforms._lift import chain
 
 
 def adamp(
@@ -78,11 +79,12 @@ def adamp(
     for name, value, below in (("b1", b1, 1.0), ("b2", b2, 1.0), ("eps", eps, float("inf"))):
         check_number("adamp", name, value, below=below)
     adam = _scale_by_nesterov_adam(b1, b2, eps) if nesterov else optax.scale_by_adam(b1, b2, eps)
-    return optax.chain(
+    return chain(
         project_if_tangent(
             adam, groups, delta=delta, weight_decay=weight_decay, mask=mask, wd_ratio=wd_ratio
         ),
         learning_rates("adamp", learning_rate, other_learning_rate, groups),
+        who="adamp",
     )
 
 
@@ -172,7 +174,7 @@ def sgdp(
     check_number("sgdp", "momentum", momentum, below=1)
     check_number("sgdp", "dampening", dampening, below=1)
     dampened = not (isinstance(dampening, int | float) and dampening == 0)
-    return optax.chain(
+    return chain(
         optax.scale(1 - dampening) if dampened else optax.identity(),
         project_if_tangent(
             optax.trace(momentum, nesterov=nesterov),
@@ -184,4 +186,5 @@ def sgdp(
             first_moments=() if nesterov else ("trace",),
         ),
         learning_rates("sgdp", learning_rate, other_learning_rate, groups),
+        who="sgdp",
     )

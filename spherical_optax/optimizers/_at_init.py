@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
@@ -70,7 +71,11 @@ def require_other_rate(
     def check(params: optax.Params) -> None:
         grouped = {i for unit in radial_units(groups, params) for i in unit}
         leaves = enumerate(_trees.visible_leaves(params))
-        rest = [leaf.path for i, leaf in leaves if i not in grouped and leaf.value is not None]
+        rest = [
+            leaf.path
+            for i, leaf in leaves
+            if i not in grouped and leaf.value is not None and 0 not in np.shape(leaf.value)
+        ]
         if rest and other_learning_rate is None:
             raise ValueError(
                 f"{who}: expected other_learning_rate for leaves without a group, {rest}, found "

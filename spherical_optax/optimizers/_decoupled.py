@@ -7,6 +7,7 @@ from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._parts import decayed_weights, learning_rates
 from spherical_optax.transforms import scale_by_adams, scale_by_adamsrt
+from spherical_optax.transforms._lift import chain
 
 
 def adamsw(
@@ -65,10 +66,11 @@ def adamsw(
       Neurocomputing 2022 (AdamS); Loshchilov and Hutter, Decoupled weight decay
       regularization, ICLR 2019.
     """
-    return optax.chain(
+    return chain(
         scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         decayed_weights("adamsw", weight_decay, mask),
         learning_rates("adamsw", learning_rate, other_learning_rate, groups),
+        who="adamsw",
     )
 
 
@@ -121,8 +123,9 @@ def adamsrtw(
     References:
       Roburin et al., Neurocomputing 2022 (AdamSRT); Loshchilov and Hutter, ICLR 2019.
     """
-    return optax.chain(
+    return chain(
         scale_by_adamsrt(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         decayed_weights("adamsrtw", weight_decay, mask),
         learning_rates("adamsrtw", learning_rate, other_learning_rate, groups),
+        who="adamsrtw",
     )

@@ -79,16 +79,29 @@ def hyperball(
     References:
       Wen et al., Hyperball, 2026.
     """
-    check_transformation("hyperball", inner)
+    return hyperball_as("hyperball", inner, learning_rate, groups, other_learning_rate, radius)
+
+
+def hyperball_as(
+    who: str,
+    inner: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    radius: Radius | Literal["initial"] = "initial",
+) -> optax.GradientTransformationExtraArgs:
+    """Hyperball under the name of the function that was called."""
+    check_transformation(who, inner)
     initial = isinstance(radius, str) and radius == "initial"
     return chain(
-        require_spheres("hyperball", groups, warn=not initial),  # retract warns of its own
-        require_other_rate("hyperball", groups, other_learning_rate),
-        require_direction("hyperball", inner, groups),
+        require_spheres(who, groups, warn=not initial),  # retract warns of its own
+        require_other_rate(who, groups, other_learning_rate),
+        require_direction(who, inner, groups),
         inner,
         normalize_updates(groups),
-        learning_rates("hyperball", learning_rate, other_learning_rate, groups),
+        learning_rates(who, learning_rate, other_learning_rate, groups),
         retract(groups, radius),
+        who=who,
     )
 
 
@@ -186,6 +199,7 @@ def _rotational(
         in_groups_only(optax.scale_by_learning_rate(average_angle), groups),
         elsewhere_only(others, groups),
         retract(groups),
+        who=who,
     )
 
 

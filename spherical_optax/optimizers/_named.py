@@ -9,7 +9,7 @@ from optax import contrib
 from spherical_optax import _trees
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, RadialGroup, radial_units
-from spherical_optax.optimizers._fixed_radius import hyperball
+from spherical_optax.optimizers._fixed_radius import hyperball_as
 
 
 def adamh(
@@ -65,7 +65,7 @@ def adamh(
     """
     _check_adam("adamh", b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov)
-    return hyperball(adam, learning_rate, groups=groups, other_learning_rate=other_learning_rate)
+    return hyperball_as("adamh", adam, learning_rate, groups, other_learning_rate)
 
 
 def muonh(
@@ -146,9 +146,7 @@ def muonh(
             ),
         )
     direction = optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1, b2, eps)}, labels)
-    return hyperball(
-        direction, learning_rate, groups=groups, other_learning_rate=other_learning_rate
-    )
+    return hyperball_as("muonh", direction, learning_rate, groups, other_learning_rate)
 
 
 def _check_adam(who: str, b1: Any, b2: Any, eps: Any) -> None:

@@ -13,10 +13,15 @@ from spherical_optax.transforms._pair import pair
 from spherical_optax.transforms._span import Step, shared
 
 
+def decays(weight_decay: Any) -> bool:
+    """Whether there is weight decay: not if it is known to be 0."""
+    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+
 def decayed_weights(who: str, weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
     """Adds weight_decay x: L2 before the moments, decoupled decay after them."""
     check_number(who, "weight_decay", weight_decay)
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if not decays(weight_decay):
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, None if mask is None else checked(who, mask))
 

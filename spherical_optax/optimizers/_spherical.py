@@ -6,7 +6,7 @@ import optax
 from spherical_optax._checks import check_number
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._parts import decayed_weights, learning_rates
+from spherical_optax.optimizers._parts import decayed_weights, decays, learning_rates
 from spherical_optax.transforms import (
     retract,
     scale_by_adamg_star,
@@ -80,10 +80,12 @@ def adams(
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022.
     """
-    return optax.chain(
+    return chain(
         decayed_weights("adams", weight_decay, mask),
         scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         learning_rates("adams", learning_rate, other_learning_rate, groups),
+        who="adams",
+        needs_params=decays(weight_decay),
     )
 
 
@@ -147,10 +149,11 @@ def adamsrt(
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022.
     """
-    return optax.chain(
+    return chain(
         decayed_weights("adamsrt", weight_decay, mask),
         scale_by_adamsrt(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         learning_rates("adamsrt", learning_rate, other_learning_rate, groups),
+        who="adamsrt",
     )
 
 
@@ -217,11 +220,12 @@ def sgdmrt(
     check_number("sgdmrt", "momentum", momentum, below=1)
     check_number("sgdmrt", "dampening", dampening, below=1)
     dampened = not (isinstance(dampening, (int, float)) and dampening == 0)
-    return optax.chain(
+    return chain(
         decayed_weights("sgdmrt", weight_decay, mask),
         optax.scale(1 - dampening) if dampened else optax.identity(),
         transported_trace(momentum, groups=groups, accumulator_dtype=accumulator_dtype),
         learning_rates("sgdmrt", learning_rate, other_learning_rate, groups),
+        who="sgdmrt",
     )
 
 
@@ -289,6 +293,7 @@ def adamg(
         scale_by_adamg(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         learning_rates("adamg", learning_rate, other_learning_rate, groups),
         retract(groups, radius=1.0),
+        who="adamg",
     )
 
 
@@ -345,4 +350,5 @@ def adamg_star(
     return chain(
         scale_by_adamg_star(learning_rate, weight_decay, groups=groups),
         retract(groups, radius=1.0),
+        who="adamg_star",
     )

@@ -14,10 +14,6 @@ from spherical_optax.transforms._lift import lift
 from spherical_optax.transforms._pair import pair, per_group, resolve
 from spherical_optax.transforms._span import Step, Vector
 from spherical_optax.transforms._units import (
-    Unit,
-    evaluated,
-    per_leaf,
-    pick,
     state_like,
     zero,
     zeros_per_group,
@@ -29,8 +25,7 @@ class ScaleByAdamGStarState(NamedTuple):
 
     Attributes:
       accumulator: 2 learning_rate^2 sqrt(beta) v of the formula, one per group: r^4 for the
-        radius r that SGD would have; a `jax.ShapeDtypeStruct` where the parameter was one at
-        `init`.
+        radius r that SGD would have; 0 before the first update.
     """
 
     accumulator: optax.Params
@@ -46,9 +41,10 @@ def scale_by_adamg_star(
     step of u:  - (2 beta)^(-1/2) grad L(u) / sqrt(v),   then  v = beta v + |grad L(u)|^2
     ```
 
-    with grad L(u) = |x| grad L(x) for the direction u = x / |x|; the step of x is |x| times
-    that of u. Leaves without a group take the step of SGD with L2. What is kept does not depend
-    on the learning rate: one that is injected and changes does what it does to SGD.
+    with grad L(u) = |x| grad L(x) for the direction u = x / |x|, and r_0 the length that training
+    begins with; the step of x is |x| times that of u. Leaves without a group take the step of SGD
+    with L2. What is kept does not depend on the learning rate: one that is injected and changes
+    does what it does to SGD.
 
     Args:
       learning_rate: That of the SGD, a number.
@@ -81,16 +77,8 @@ def scale_by_adamg_star(
     shrinkage = 1 - rate * weight_decay
 
     def init(params: optax.Params) -> ScaleByAdamGStarState:
-        units, x = resolve("scale_by_adamg_star", groups, params)
-        zeros = zeros_per_group(units, x)
-        values: dict[int, jax.Array] = {}
-        for unit in units:
-
-            def start(x: Any, unit: Unit = unit) -> dict[int, jax.Array]:
-                return per_leaf(geometry.inner(x, x, unit) ** 2, unit, zeros)
-
-            values |= evaluated(start, pick(unit, x))
-        return ScaleByAdamGStarState(state_like(params, values, zero))
+        zeros = zeros_per_group(*resolve("scale_by_adamg_star", groups, params))
+        return ScaleByAdamGStarState(state_like(params, zeros, zero))
 
     def begin(updates: Any, state: ScaleByAdamGStarState, params: Any) -> Any:
         _, x, (g,), unflatten = pair("scale_by_adamg_star", groups, params, updates)
@@ -101,7 +89,9 @@ def scale_by_adamg_star(
         return *unflatten(steps), state, on_group
 
     def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        fourth, square = state.accumulator, x.square()
+        square = x.square()
+        # As for a radius: 0 is no memory, and the length found is the one to begin with.
+        fourth = jnp.where(state.accumulator > 0, state.accumulator, square**2)
         root = geometry.safe_sqrt(fourth)
         # Without a direction, or a radius of SGD's, the step is that of SGD.
         known = (square > 0) & (root > 0)

@@ -115,7 +115,9 @@ def scale_by_adams(
         check_type("scale_by_adams", state, ScaleByAdamsState)
         like = state.mu if params is None else params
         kept = (state.mu, per_entry), (state.nu, per_group_or_entry)
-        units, _, (g, mu, nu), unflatten = pair("scale_by_adams", groups, like, updates, *kept)
+        units, _, (g, mu, nu), unflatten = pair(
+            "scale_by_adams", groups, like, updates, *kept, typed=params is not None
+        )
         count = optax.safe_increment(state.count)
         units = present(units, g, like)
 

@@ -15,6 +15,7 @@ from spherical_optax._masks import Mask, in_mask
 from spherical_optax._sums import Wanted, again, inners, sums_together
 from spherical_optax.groups import Groups, RadialGroup, group_size
 from spherical_optax.sharding import laid_out, on_one_device
+from spherical_optax.transforms._foreign import foreign
 from spherical_optax.transforms._pair import aligned, check_type, pair, resolve
 from spherical_optax.transforms._remade import stored, with_remade
 from spherical_optax.transforms._transport import (
@@ -100,7 +101,7 @@ def project_if_tangent(
     check_number("project_if_tangent", "weight_decay", weight_decay)
     check_number("project_if_tangent", "wd_ratio", wd_ratio, most=1)
     names = Names(check_names("project_if_tangent", "first_moments", first_moments), ())
-    wrapped = optax.with_extra_args_support(inner)
+    wrapped = foreign("project_if_tangent", inner)
 
     def init(params: optax.Params) -> ProjectIfTangentState:
         units, _ = resolve("project_if_tangent", groups, params)
@@ -118,10 +119,10 @@ def project_if_tangent(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectIfTangentState]:
         check_type("project_if_tangent", state, ProjectIfTangentState)
-        units, x, (g,), _ = pair("project_if_tangent", groups, params, updates)
+        units, x, (g,), unflatten = pair("project_if_tangent", groups, params, updates)
         inner_update = functools.partial(wrapped.update, **extra_args)
         updates, inner_state, remade = with_remade(inner_update, updates, state.inner_state, params)
-        p, unflatten = aligned("project_if_tangent", params, updates)
+        p, _ = aligned("project_if_tangent", params, updates)
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask("project_if_tangent", mask, params)
@@ -164,7 +165,7 @@ def project_if_tangent(
                 _subtract(kept, place, off, x, part)
         for i in (i for i in elsewhere(units, p) if decays[i]):
             p[i] = (p[i] + weight_decay * x[i]).astype(p[i].dtype)
-        return unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
+        return *unflatten(p), ProjectIfTangentState(inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

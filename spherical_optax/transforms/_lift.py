@@ -13,11 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
+from spherical_optax import _trees, geometry
 from spherical_optax._sums import Remade, Wanted, again, each_once
 from spherical_optax.groups import group_size
 from spherical_optax.transforms._alike import map_units
-from spherical_optax.transforms._pair import check_type, pair, per_entry
+from spherical_optax.transforms._foreign import foreign
+from spherical_optax.transforms._pair import (
+    aligned,
+    as_dtype_of,
+    check_type,
+    no_params,
+    pair,
+    per_entry,
+)
 from spherical_optax.transforms._remade import stored, with_remade
 from spherical_optax.transforms._span import OnGroup, Space, Step, Vector, shared
 from spherical_optax.transforms._units import Unit, per_leaf, present
@@ -85,7 +93,7 @@ def lift(step: Step, alone: optax.GradientTransformation | None = None) -> Lifte
                 result, found = run(space(product=lambda *pair: products[pair]))
                 vectors = [result, *(each for each in found if isinstance(each, Vector))]
                 made = _Made(dict(arrays), _coefficients(vectors), unit)
-                new = [made.like(w, result)]
+                new = [made.like(x, result)]
                 for place, part in zip(places, parts, strict=True):
                     if kinds[place] is per_entry:
                         new.append(made.like(part, found[place]))
@@ -126,7 +134,7 @@ def _asked(
         Space,
         size=group_size(unit, arrays["point"]),
         lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
-        dtype=min(infos["update"], key=lambda info: info.bits).dtype,
+        dtype=min(infos["point"], key=lambda info: info.bits).dtype,
     )
     wanted: dict[tuple[str, ...], None] = {}
 
@@ -194,8 +202,16 @@ class _Made(NamedTuple):
         return self.arrays[vector]
 
 
-def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """As `optax.chain`, with neighbours that can be lifted together in one lift."""
+def chain(
+    *parts: optax.GradientTransformation, who: str | None = None, needs_params: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """As `optax.chain`, with neighbours that can be lifted together in one lift.
+
+    Args:
+      *parts: Transformations, of ours and of others.
+      who: The optimizer that this is, for messages.
+      needs_params: Whether `update` needs them.
+    """
     runs: list[list[Any]] = []
     for part in parts:
         last = runs[-1][-1] if runs else None
@@ -203,6 +219,7 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
             isinstance(part, Lifted)
             and isinstance(last, Lifted)
             and part.step.groups is last.step.groups
+            and part.step.movable == last.step.movable
         ):
             runs[-1].append(part)
         else:
@@ -210,10 +227,11 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     joined = [
         lift(_in_turn([part.step for part in run])) if len(run) > 1 else run[0] for run in runs
     ]
-    if len(joined) == 1:
+    if len(joined) == 1 and who is None:
         return joined[0]
+    who = who or "chain"
     last = max((n for n, run in enumerate(runs) if len(run) > 1), default=0)
-    wrapped = [optax.with_extra_args_support(each) for each in joined]
+    wrapped = [each if isinstance(each, Lifted) else foreign(who, each) for each in joined]
 
     def init(params: optax.Params) -> optax.OptState:
         return tuple(part.init(params) for part in parts)
@@ -224,9 +242,11 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None and needs_params:
+            raise no_params(who)
         if len(state) != len(parts):
             raise ValueError(
-                f"chain: expected the states of {len(parts)} transformations, found "
+                f"{who}: expected the states of {len(parts)} transformations, found "
                 f"{len(state)}: it was made by another chain; call init of this one."
             )
         states: list[Any] = []
@@ -242,6 +262,9 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
             else:
                 updates, mine = update(updates, mine[0], params)
             states += mine if len(run) > 1 else [mine]
+        if params is not None:
+            leaves, back = aligned(who, params, updates)
+            updates = back(list(map(as_dtype_of, leaves, _trees.flatten(params)[0])))
         return updates, tuple(states)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _trees
@@ -15,6 +16,11 @@ from spherical_optax.groups import (
 )
 from spherical_optax.sharding import check_whole
 from spherical_optax.transforms._units import Unit
+
+OTHER_STATE = (
+    ": it was made with other groups, or for other parameters; call init again, or pad it with "
+    "zeros where leaves grew"
+)
 
 Shape: TypeAlias = tuple[int, ...]
 Kind: TypeAlias = Callable[[Shape, RadialGroup | None], Shape]
@@ -60,6 +66,7 @@ def pair(
     updates: Any,
     *state: tuple[Any, Kind],
     movable: bool = False,
+    typed: bool = True,
 ) -> Paired:
     """Flattens what an update is given, so that leaves of one path have one number.
 
@@ -70,19 +77,18 @@ def pair(
       updates: The updates; `None` stands for one that is missing.
       *state: Fields of the state that are trees like the parameters, with the kind of each.
       movable: Whether to leave out units of one entry per group, which have no tangent space.
+      typed: Whether `unflatten` gives updates the dtypes of the parameters.
 
     Raises:
       ValueError: If there are no params, or if a tree has other paths than they, or leaves of
         other shapes; the message names the transform and the paths.
     """
     if params is None:
-        raise ValueError(
-            f"{who} requires the current value of the parameters, but `params` was not "
-            "passed to `update`: call update(updates, state, params)."
-        )
+        raise no_params(who)
     units, x = _checked(who, radial_units(groups, params), params, movable)
     group_of = {i: group for unit in units for i, group in unit.items()}
-    fields = [aligned(who, params, updates)]
+    leaves, back = aligned(who, params, updates)
+    fields = [(list(map(widened, leaves, x)), back)]
     for tree, kind in state:
         shapes = [
             None if leaf is None else kind(np.shape(leaf), group_of.get(i))
@@ -91,9 +97,19 @@ def pair(
         fields.append(aligned(who, params, tree, shapes))
 
     def unflatten(*lists: list[Any]) -> list[Any]:
+        if typed:
+            lists = (list(map(as_dtype_of, lists[0], x)), *lists[1:])
         return [back(leaves) for (_, back), leaves in zip(fields, lists, strict=True)]
 
     return Paired(units, x, [leaves for leaves, _ in fields], unflatten)
+
+
+def no_params(who: str) -> ValueError:
+    """The error of an update that lacks params."""
+    return ValueError(
+        f"{who} requires the current value of the parameters, but `params` was not passed to "
+        "`update`: call update(updates, state, params)."
+    )
 
 
 def resolve(
@@ -132,7 +148,7 @@ def aligned(
     what, remedy = "updates", ""
     if state is not None:
         what = "state"
-        remedy = ": it was made with other groups, or for other parameters; call init again"
+        remedy = OTHER_STATE
     order = list(range(len(leaves)))
     if treedef != like:
         keys, found = ([leaf.keys for leaf in _trees.visible_leaves(t)] for t in (params, tree))
@@ -162,6 +178,27 @@ def aligned(
         return treedef.unflatten([placed[i] for i in range(len(leaves))])
 
     return leaves, back
+
+
+def as_dtype_of(value: Any, like: Any) -> Any:
+    """A floating array in the dtype of another one; all else as it is."""
+    if not _floating(value, like) or value.dtype == like.dtype:
+        return value
+    return value.astype(like.dtype)
+
+
+def widened(value: Any, like: Any) -> Any:
+    """The same where it is narrower than the other one."""
+    if (
+        not _floating(value, like)
+        or (dtype := jnp.result_type(value.dtype, like.dtype)) == value.dtype
+    ):
+        return value
+    return value.astype(dtype)
+
+
+def _floating(*leaves: Any) -> bool:
+    return all(jnp.issubdtype(getattr(leaf, "dtype", object), jnp.floating) for leaf in leaves)
 
 
 def check_type(who: str, state: Any, expected: type) -> None:

@@ -23,7 +23,7 @@ class Space(NamedTuple):
       product: From two names to the inner product of these arrays, one per group.
       size: Entries per group.
       lost: How small a square may be, relative to those of its parts, before it is rounding.
-      dtype: Of the update, the narrowest of its leaves.
+      dtype: Of the point, and so of the new update: the narrowest of its leaves.
     """
 
     product: Callable[[str, str], jax.Array]

@@ -8,6 +8,7 @@ import optax
 from spherical_optax import geometry
 from spherical_optax._checks import check_transformation
 from spherical_optax.groups import Groups
+from spherical_optax.transforms._foreign import foreign
 from spherical_optax.transforms._lift import chain
 from spherical_optax.transforms._pair import check_type, pair, per_group
 from spherical_optax.transforms._project import project_radial
@@ -76,7 +77,7 @@ def split_radial(
     """
     check_transformation("split_radial", tangent, "tangent")
     check_transformation("split_radial", radial, "radial")
-    parts = [optax.with_extra_args_support(tx) for tx in (tangent, radial)]
+    parts = [foreign("split_radial", tx) for tx in (tangent, radial)]
     at_length, project = retract_to(groups), project_radial(groups)
     end = chain(project, at_length)
 

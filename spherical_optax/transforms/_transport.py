@@ -10,7 +10,8 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_transformation
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
+from spherical_optax.transforms._foreign import check_state, foreign
+from spherical_optax.transforms._pair import aligned, check_type, pair, per_group, resolve
 from spherical_optax.transforms._unit_sphere import ScaleByAdamSRTState, TransportedTraceState
 from spherical_optax.transforms._units import (
     Unit,
@@ -106,7 +107,7 @@ def transport_moments(
         check_names("transport_moments", "first_moments", first_moments),
         check_names("transport_moments", "second_moments", second_moments),
     )
-    wrapped = optax.with_extra_args_support(inner)
+    wrapped = foreign("transport_moments", inner)
 
     def init(params: optax.Params) -> TransportMomentsState:
         inner_state = wrapped.init(params)
@@ -123,9 +124,10 @@ def transport_moments(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TransportMomentsState]:
         check_type("transport_moments", state, TransportMomentsState)
-        units, x, (g, radius), unflatten = pair(
+        units, x, (_g, radius), unflatten = pair(
             "transport_moments", groups, params, updates, (state.radius, per_group), movable=True
         )
+        check_state("transport_moments", inner, state.inner_state, params)
         first, second = find_moments(state.inner_state, params, names)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)
@@ -162,7 +164,7 @@ def transport_moments(
                 m = {i: kept[field[i]] for i in part}
                 for i, tangent in geometry.project(m, pick(part, x), part).items():
                     kept[field[i]] = tangent
-        _, radii = unflatten(g, radius)
+        updates, radii = unflatten(aligned("transport_moments", params, updates)[0], radius)
         return updates, TransportMomentsState(radii, inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)

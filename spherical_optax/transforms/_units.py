@@ -81,12 +81,6 @@ def zero(box: Any) -> jax.Array:
     return jnp.zeros((), jnp.float32)
 
 
-def evaluated(fn: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns, and of `jax.ShapeDtypeStruct` its shapes and dtypes."""
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
-    return jax.eval_shape(fn, *args) if abstract else fn(*args)
-
-
 def zeros_as(fn: Callable[..., jax.Array], *args: Any) -> jax.Array:
     """Zeros of the type, sharding included, of what a function returns."""
     found = jax.eval_shape(fn, *args)
