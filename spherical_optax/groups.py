@@ -532,6 +532,13 @@ def _given(groups: Any, tree: Any) -> Any:
     is_tree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(groups))
     if callable(groups) and (not is_tree or isinstance(groups, jax.tree_util.Partial)):
         groups = groups(tree)
+    if groups is None:
+        raise ValueError(
+            "groups: expected a group for some of the leaves, found None for all of them: the "
+            "optimizer would be one without groups. optax.inject_hyperparams takes a function of "
+            'groups for a schedule and calls it with a step: name it in static_args=("groups",), '
+            "or pass the rules of groups_by_path."
+        )
     return groups.groups if isinstance(groups, FoundGroups) else groups
 
 
@@ -609,13 +616,43 @@ def _units(
     return list(units.values())
 
 
-def units_at_init(groups: Groups, params: Any) -> list[dict[int, RadialGroup]]:
+def units_at_init(
+    groups: Groups, params: Any, keeps_radius: str | None = None
+) -> list[dict[int, RadialGroup]]:
     """As `radial_units`, for `init`: it looks more closely, once.
 
+    Args:
+      groups: See this module's docstring.
+      params: The parameters.
+      keeps_radius: The function that keeps or sets radii, if it does: to it groups of one entry
+        are an error.
+
+    Raises:
+      ValueError: If there are groups of one entry, and a radius is kept.
+
     Warns:
-      UserWarning: If groups on the last axis look like columns of a convolution's window.
+      UserWarning: If groups on the last axis look like columns of a convolution's window, or
+        have one entry each.
     """
     units = radial_units(groups, params)
+    leaves = _trees.visible_leaves(params)
+    single = [
+        ", ".join(leaves[i].path or "the parameters" for i in unit)
+        for unit in units
+        if group_size(unit, [leaf.value for leaf in leaves]) < 2
+    ]
+    if single and keeps_radius is not None:
+        raise ValueError(
+            f"{keeps_radius}: {single[0]}: expected groups of at least 2 entries, found 1: they "
+            "have no direction to turn; name fewer axes in index_axes, or give the leaf no group."
+        )
+    if single:
+        warnings.warn(
+            f"{'; '.join(single)}: expected groups of at least 2 entries, found 1: entry by entry "
+            "AdamS is Adam, and nothing is projected or transported. Name fewer axes in "
+            "index_axes, or give the leaf no group.",
+            stacklevel=2,
+        )
     _warn_of_windows(units, params)
     return units
 

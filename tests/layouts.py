@@ -24,6 +24,7 @@ CASES = {
         {f"l{i}": {"kernel": (4, 3), "bias": (3,)} for i in range(5)},
         so.groups_by_path({r"(l\d)/": so.per_layer(joint=r"\1")}),
     ),
+    "no group": ({"w": (4, 3), "gain": (5,)}, {"w": so.per_filter(), "gain": None}),
     "no group, one entry": ({"w": (4, 3), "gain": (5,)}, {"w": None, "gain": so.per_filter()}),
 }
 

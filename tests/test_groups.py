@@ -67,7 +67,60 @@ def test_prefix_covers_a_subtree():
         {1: FILTER},
         {2: LAYER},
     ]
-    assert radial_units(None, PARAMS) == []
+    assert radial_units({"conv": None, "dense": None}, PARAMS) == []
+
+
+OPTIMIZERS = {
+    "adams": lambda groups: so.adams(0.1, groups=groups),
+    "adamsrt": lambda groups: so.adamsrt(0.1, groups=groups),
+    "adamsw": lambda groups: so.adamsw(0.1, groups=groups),
+    "adamsrtw": lambda groups: so.adamsrtw(0.1, groups=groups),
+    "sgdmrt": lambda groups: so.sgdmrt(0.1, groups=groups),
+    "adamp": lambda groups: so.adamp(0.1, groups=groups),
+    "sgdp": lambda groups: so.sgdp(0.1, groups=groups),
+    "adamg": lambda groups: so.adamg(0.1, groups=groups),
+    "adamg_star": lambda groups: so.adamg_star(0.1, groups=groups),
+    "adamh": lambda groups: so.adamh(0.1, groups=groups, other_learning_rate=0.1),
+    "rotational_adamw": lambda groups: so.rotational_adamw(0.1, groups=groups),
+    "retract": so.retract,
+    "project_radial": so.project_radial,
+    "scale_by_adams": lambda groups: so.scale_by_adams(groups=groups),
+    "transport_moments": lambda groups: so.transport_moments(optax.trace(0.9), groups),
+    "normalize_updates": so.normalize_updates,
+    "record_sphere": so.record_sphere,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_groups_at_all_are_an_error(name):
+    """Given, returned by a function, and by one that `inject_hyperparams` calls with a step."""
+
+    def by_path(params):
+        return jax.tree.map_with_path(
+            lambda path, _: FILTER if "kernel" in str(path) else None, params
+        )
+
+    make = OPTIMIZERS[name]
+    injected = optax.inject_hyperparams(make)(groups=by_path)
+    for tx in (make(None), make(lambda params: None), injected):
+        with pytest.raises(ValueError, match=r"found None for all of them: .*static_args"):
+            tx.init(PARAMS)
+    make(by_path).init(PARAMS)
+    optax.inject_hyperparams(make, static_args="groups")(groups=by_path).init(PARAMS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_groups_of_one_entry_are_not_silent(name):
+    """The rule for stacked kernels, on one that is not: what keeps a radius refuses it."""
+    params = {"up": {"kernel": KERNEL}, "fc": {"kernel": jnp.ones((4, 3))}}
+    rules = so.groups_by_path({"up": so.per_layer(), "fc": so.RadialGroup((0, -1))})
+    tx = OPTIMIZERS[name](rules)
+    if name.startswith(("adamg", "adamh", "muonh", "rotational", "retract")):
+        with pytest.raises(ValueError, match="fc/kernel: expected groups of at least 2 entries"):
+            tx.init(params)
+    else:
+        with pytest.warns(UserWarning, match="fc/kernel: expected groups .*: entry by entry"):
+            tx.init(params)
 
 
 def test_joint_label_makes_one_unit():

@@ -91,7 +91,7 @@ MASKS = {
 def test_masks_are_those_of_optax(form):
     params = {"layer": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "scale": jnp.ones(3)}
     given = {"weight_decay": 0.1, "mask": MASKS[form]}
-    ours = run(so.adamsw(0.1, groups=None, **given), params, [params] * 2)
+    ours = run(so.adamsw(0.1, groups=dict.fromkeys(params), **given), params, [params] * 2)
     theirs = run(optax.adamw(0.1, **given), params, [params] * 2)
     for a, b in zip(ours, theirs, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)

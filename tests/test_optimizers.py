@@ -53,18 +53,27 @@ def test_a_decay_rate_scheduled_to_zero_stays_finite():
 # --- against optax ----------------------------------------------------------------------
 
 
+NO_GROUPS = {"kernel": None, "bias": None}
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (so.adams(1e-2, groups=None), optax.adam(1e-2)),
-        (so.adamsrt(1e-2, groups=None), optax.adam(1e-2)),
-        (so.adamg(1e-2, b2=0.9, groups=None), optax.adam(1e-2, b2=0.9)),
-        (so.adams(1e-2, groups=None, mu_dtype="bfloat16"), optax.adam(1e-2, mu_dtype="bfloat16")),
-        (so.adamsw(1e-2, groups=None), optax.adamw(1e-2)),
-        (so.adamsrtw(1e-2, groups=None, weight_decay=0.1), optax.adamw(1e-2, weight_decay=0.1)),
-        (so.sgdmrt(1e-2, 0.8, groups=None), optax.sgd(1e-2, 0.8)),
+        (so.adams(1e-2, groups=NO_GROUPS), optax.adam(1e-2)),
+        (so.adamsrt(1e-2, groups=NO_GROUPS), optax.adam(1e-2)),
+        (so.adamg(1e-2, b2=0.9, groups=NO_GROUPS), optax.adam(1e-2, b2=0.9)),
         (
-            so.adamsrt(optax.cosine_decay_schedule(0.1, 5), groups=None, weight_decay=0.1),
+            so.adams(1e-2, groups=NO_GROUPS, mu_dtype="bfloat16"),
+            optax.adam(1e-2, mu_dtype="bfloat16"),
+        ),
+        (so.adamsw(1e-2, groups=NO_GROUPS), optax.adamw(1e-2)),
+        (
+            so.adamsrtw(1e-2, groups=NO_GROUPS, weight_decay=0.1),
+            optax.adamw(1e-2, weight_decay=0.1),
+        ),
+        (so.sgdmrt(1e-2, 0.8, groups=NO_GROUPS), optax.sgd(1e-2, 0.8)),
+        (
+            so.adamsrt(optax.cosine_decay_schedule(0.1, 5), groups=NO_GROUPS, weight_decay=0.1),
             optax.chain(
                 optax.add_decayed_weights(0.1), optax.adam(optax.cosine_decay_schedule(0.1, 5))
             ),

@@ -177,6 +177,7 @@ def test_a_group_that_leaves_zero_becomes_ordinary(x64):
     assert optax.tree.get(state, "radius") == pytest.approx(0.1 * np.linalg.norm(g))
 
 
+@pytest.mark.filterwarnings("ignore:.*entry by entry")
 def test_single_entries_have_no_tangent_space(x64):
     """Entry by entry AdamSRT is Adam, as in the published code."""
     x = normal(0, (4, 3))
@@ -238,7 +239,9 @@ def test_bad_names_of_moments():
     with pytest.raises(TypeError, match="first_moments as a tuple of field names, found None"):
         so.transport_moments(optax.trace(0.9), FILTER, first_moments=None)
     with pytest.raises(ValueError, match=r"a field named \['m'\] in the inner state, found .*'mu'"):
-        so.transport_moments(optax.scale_by_adam(), FILTER, first_moments=("m",)).init(jnp.ones(3))
+        so.transport_moments(optax.scale_by_adam(), FILTER, first_moments=("m",)).init(
+            jnp.ones((3, 2))
+        )
     with pytest.raises(TypeError, match="a gradient transformation as inner, found RadialGroup"):
         so.transport_moments(FILTER, optax.trace(0.9))
     with pytest.raises(TypeError, match=r"first_moments as a tuple of field names, found 'mu'"):

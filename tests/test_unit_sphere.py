@@ -30,6 +30,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.filterwarnings("ignore:.*entry by entry")
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_composition(name, case, x64):
     """For gradients with a radial part too, at radii that change."""

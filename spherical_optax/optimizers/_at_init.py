@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, group_size, radial_units
+from spherical_optax.groups import Groups, radial_units, units_at_init
 from spherical_optax.optimizers._direction import check_direction
 from spherical_optax.transforms._center import off_center
 from spherical_optax.transforms._units import check_values, warn_of_zeros
@@ -26,20 +26,12 @@ def require_spheres(
     """
 
     def check(params: optax.Params) -> None:
-        leaves, units = _trees.visible_leaves(params), radial_units(groups, params)
+        leaves, units = _trees.visible_leaves(params), units_at_init(groups, params, who)
         if leaves and not units:
             raise ValueError(
                 f"{who}: expected a group for at least one leaf, found none among "
                 f"{[leaf.path for leaf in leaves]}."
             )
-        for unit in units:
-            size = group_size(unit, [leaf.value for leaf in leaves])
-            if size < 2:
-                raise ValueError(
-                    f"{who}: {', '.join(leaves[i].path for i in unit)}: expected groups of at "
-                    f"least 2 entries, found {size}: they have no direction to turn; give the leaf "
-                    "no group."
-                )
         check_values(
             who,
             params,
@@ -84,6 +76,18 @@ def require_other_rate(
             )
 
     return _at_init(check)
+
+
+def refuse_single_entries(
+    who: str, groups: Groups, tx: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, which raises at `init` if groups have one entry."""
+
+    def init(params: optax.Params) -> optax.OptState:
+        units_at_init(groups, params, who)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
 
 
 def require_direction(

@@ -6,6 +6,7 @@ import optax
 from spherical_optax._checks import check_number
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
+from spherical_optax.optimizers._at_init import refuse_single_entries
 from spherical_optax.optimizers._parts import decayed_weights, decays, learning_rates
 from spherical_optax.transforms import (
     retract,
@@ -289,12 +290,13 @@ def adamg(
       Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G), in
       the form of the code of Roburin et al., Neurocomputing 2022.
     """
-    return chain(
+    tx = chain(
         scale_by_adamg(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
         learning_rates("adamg", learning_rate, other_learning_rate, groups),
         retract(groups, radius=1.0),
         who="adamg",
     )
+    return refuse_single_entries("adamg", groups, tx)
 
 
 def adamg_star(
@@ -347,8 +349,9 @@ def adamg_star(
     References:
       Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).
     """
-    return chain(
+    tx = chain(
         scale_by_adamg_star(learning_rate, weight_decay, groups=groups),
         retract(groups, radius=1.0),
         who="adamg_star",
     )
+    return refuse_single_entries("adamg_star", groups, tx)

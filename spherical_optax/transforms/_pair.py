@@ -113,10 +113,11 @@ def no_params(who: str) -> ValueError:
 
 
 def resolve(
-    who: str, groups: Groups, params: Any, *, movable: bool = False
+    who: str, groups: Groups, params: Any, *, movable: bool = False, keeps_radius: bool = False
 ) -> tuple[list[Unit], list[Any]]:
     """The units of the parameters, and all leaves, for `init`."""
-    return _checked(who, units_at_init(groups, params), params, movable)
+    units = units_at_init(groups, params, who if keeps_radius else None)
+    return _checked(who, units, params, movable)
 
 
 def _checked(

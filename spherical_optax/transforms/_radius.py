@@ -137,7 +137,7 @@ def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
       2024, section 2.3 (weights of norm sqrt(d)).
     """
     check_radius("place_on_sphere", radius)
-    units, leaves = resolve("place_on_sphere", groups, params)
+    units, leaves = resolve("place_on_sphere", groups, params, keeps_radius=True)
     check_values(
         "place_on_sphere",
         params,

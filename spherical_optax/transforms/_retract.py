@@ -114,7 +114,7 @@ def retract(
     in_state = initial or isinstance(radius, Mapping)
 
     def init(params: optax.Params) -> RetractState | optax.EmptyState:
-        units, x = resolve("retract", groups, params)
+        units, x = resolve("retract", groups, params, keeps_radius=True)
         if not in_state:
             return optax.EmptyState()
         if initial:
@@ -175,7 +175,7 @@ def _by_function(
             )
 
     def init(params: optax.Params) -> optax.EmptyState:
-        resolve("retract", groups, params)
+        resolve("retract", groups, params, keeps_radius=True)
         return optax.EmptyState()
 
     def update(
@@ -211,7 +211,11 @@ def retract_to(groups: Groups) -> Lifted:
 
     def init(params: optax.Params) -> RetractState:
         return RetractState(
-            state_like(params, zeros_per_group(*resolve("retract", groups, params)), zero)
+            state_like(
+                params,
+                zeros_per_group(*resolve("retract", groups, params, keeps_radius=True)),
+                zero,
+            )
         )
 
     def to_state(v: Vector, x: Vector, state: RetractState) -> tuple[Vector, Any]:
