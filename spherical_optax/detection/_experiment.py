@@ -14,6 +14,7 @@ where it is invariant, nothing changes; where it only seemed so, it does not see
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 from jax.extend import core
 
 from spherical_optax import _trees, geometry
-from spherical_optax.detection import _program
+from spherical_optax.detection import _program, _widened
 from spherical_optax.groups import RadialGroup
 
 Unit = dict[int, RadialGroup]
@@ -57,6 +58,8 @@ class Experiment:
       points: Where gradients were taken.
       noise: How much p of each leaf changes where the parameters change in their last place.
       unrest: How much the outputs do.
+      narrowest: The narrowest floating dtype that is computed in: float32 or a wider one, unless
+        the program reads the bits of narrow numbers.
       thresholds: What deviations say.
       sums: What the program adds to what, in numbers of floating leaves.
       forward_passes: What it cost, a gradient counted as three forward passes.
@@ -89,8 +92,19 @@ class Experiment:
         progress("tracing the forward pass")
         program = _program.trace(who, forward, shapes, len(args))
         self.sums = _program.sums(program)
+        try:
+            program = _widened.widened(program)
+            given = [_widened.wide(value) for value in given]
+        except Exception as error:  # an operation of which nothing is known here
+            warnings.warn(
+                f"{who}: expected a program that can be computed in float32, found half precision "
+                f"that cannot ({error}): groups are judged by its digits; pass a float32 fn.",
+                UserWarning,
+                stacklevel=4,
+            )
         self._evaluate = _evaluation(_program.without_epsilon(program))
-        coarsest = max(float(jnp.finfo(value.dtype).eps) for value in given)
+        self.narrowest = _widened.narrowest(program)
+        coarsest = float(jnp.finfo(self.narrowest).eps)
         self.thresholds = Thresholds(max(2e-3, 4 * coarsest), max(1e-2, 12 * coarsest))
         self.forward_passes = 0
         self.points: list[Point] = []
