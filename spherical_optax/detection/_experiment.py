@@ -61,7 +61,9 @@ class Experiment:
       narrowest: The narrowest floating dtype that is computed in: float32 or a wider one, unless
         the program reads the bits of narrow numbers.
       thresholds: What deviations say.
+      is_narrow: Whether that is half precision.
       sums: What the program adds to what, in numbers of floating leaves.
+      used: Whether the outputs depend on the floating leaves at all.
       forward_passes: What it cost, a gradient counted as three forward passes.
     """
 
@@ -92,6 +94,7 @@ class Experiment:
         progress("tracing the forward pass")
         program = _program.trace(who, forward, shapes, len(args))
         self.sums = _program.sums(program)
+        self.used = _program.is_used(program)
         try:
             program = _widened.widened(program)
             given = [_widened.wide(value) for value in given]
@@ -104,6 +107,7 @@ class Experiment:
             )
         self._evaluate = _evaluation(_program.without_epsilon(program))
         self.narrowest = _widened.narrowest(program)
+        self.is_narrow = bool(jnp.finfo(self.narrowest).bits < 32)
         coarsest = float(jnp.finfo(self.narrowest).eps)
         self.thresholds = Thresholds(max(2e-3, 4 * coarsest), max(1e-2, 12 * coarsest))
         self.forward_passes = 0

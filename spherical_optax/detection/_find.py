@@ -26,6 +26,7 @@ from spherical_optax.groups import (
 
 SEEMING = 0.1  # deviation from which on a leaf need not be looked at again
 CHANGED = 1e-2  # relative change of the outputs
+FEW = 2  # kernels that are scaled to learn why no group is found
 
 CAUSES = (
     "Usual causes: BatchNorm in evaluation mode (its running statistics do not follow the weights; "
@@ -34,9 +35,22 @@ CAUSES = (
     "directly."
 )
 
+STOPPED = (
+    "Usual causes: jax.lax.stop_gradient on a norm or a scale that follows from the weights, or a "
+    "straight-through estimator; what projects or transports moments does not fit such gradients."
+)
+
+UNUSED = (
+    "the outputs of fn do not depend on params: it seems to use other parameters, such as those of "
+    "a model that it closes over; pass them on, as in nnx.merge(graphdef, params) or "
+    "model.apply({'params': params}, x)."
+)
+
+HALF = "fn computes in half precision, whose rounding may hide what is invariant; try float32."
+
 ON_PURPOSE = (
-    "Hyperball, AdamH and MuonH are used on other matrices too, for the angle: there this is to be "
-    "expected."
+    "Spheres may be imposed on other matrices too, for the angle, as Hyperball, AdamH, MuonH, "
+    "nGPT, SimbaV2 and any retract do: there this is to be expected."
 )
 
 
@@ -176,7 +190,12 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
     units, _ = _confirm(experiment, found, say)
     better_of = {i: unit for unit in units for i in unit}
     shapes = {i: leaf.value for i, leaf in enumerate(experiment.leaves) if leaf.value is not None}
-    wrong, unexplained = [], False
+    if not experiment.used:
+        raise ValueError(f"{who}: {UNUSED}")
+    limit = experiment.thresholds.invariant
+    tangent = [unit for unit in given if experiment.deviation(unit) <= limit]
+    moving = _moving(experiment, tangent)
+    wrong, hints = [], dict.fromkeys([HALF] if experiment.is_narrow else [])
     for unit in given:
         i = next(iter(unit))
         better = better_of.get(i)
@@ -190,11 +209,21 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
                 f"{where}: expected an invariant group, found no effect on the outputs; "
                 "give it None, no group."
             )
-        elif deviation > experiment.thresholds.invariant:
-            unexplained |= better is None
+        elif deviation > limit:
+            if _stays(experiment, unit):
+                instead += "; the outputs stay where it is scaled, and only the gradient differs"
+                hints[STOPPED] = None
+            elif better is None:
+                hints[f"{CAUSES} {ON_PURPOSE}"] = None
             wrong.append(
                 f"{where}: expected an invariant group, found a deviation of {deviation:.1g} for "
                 f"{_say(unit[i])}; {instead}."
+            )
+        elif i in moving:
+            wrong.append(
+                f"{where}: expected outputs that stay where the group is scaled, found that they "
+                f"change by {moving[i]:.1g}, although gradients are tangent; batch renormalization "
+                "and other corrections that are constants to the gradient do this."
             )
         elif better is not None and group_size(better, shapes) < group_size(unit, shapes):
             wrong.append(
@@ -202,8 +231,8 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
                 f"invariant is {_say(better[i])}."
             )
     if wrong:
-        hint = f"\n{CAUSES} {ON_PURPOSE}" if unexplained else ""
-        raise ValueError(f"{who}: {len(wrong)} of {len(given)} groups:\n" + "\n".join(wrong) + hint)
+        lines = [f"{who}: {len(wrong)} of {len(given)} groups:", *wrong, *hints]
+        raise ValueError("\n".join(lines))
     grouped = {i for unit in given for i in unit}
     plain = search(experiment, False, say).units
     left = [unit for unit in plain if not grouped & set(unit)]
@@ -264,30 +293,12 @@ def _spoken(who: str, progress: Progress | None) -> Progress:
 def _confirm(
     experiment: Experiment, found: Found, progress: Progress
 ) -> tuple[list[Unit], dict[int, float]]:
-    """The units that may be scaled, and by how much the others' scaling changes the outputs.
-
-    All are scaled at once at two points; where the outputs change, halves find the culprits.
-    """
-    dropped: dict[int, float] = {}
-    changed = max(CHANGED, 10 * experiment.unrest)
-
-    def culprits(number: int, units: list[Unit]) -> list[Unit]:
-        moved = experiment.change(number, units)
-        if moved <= changed or not units:
-            return []
-        if len(units) == 1:
-            for i in units[0]:
-                dropped[i] = moved
-                found.verdicts[i] = f"unclear: scaling changes the outputs by {moved:.0e}"
-            return units
-        half = len(units) // 2
-        return culprits(number, units[:half]) + culprits(number, units[half:])
-
-    units = found.units
-    for number in (0, 1):
-        progress(f"scaling all groups at point {number + 1}")
-        wrong = culprits(number, units)
-        units = [unit for unit in units if unit not in wrong]
+    """The units that may be scaled, and by how much the others' scaling changes the outputs."""
+    dropped = _moving(experiment, found.units, progress)
+    for i, moved in dropped.items():
+        found.verdicts[i] = f"unclear: scaling changes the outputs by {moved:.0e}"
+    units = [unit for unit in found.units if not dropped.keys() & unit.keys()]
+    changed = _changed(experiment)
 
     def still(leaves: list[int]) -> None:
         if experiment.change(0, [], leaves) <= changed:
@@ -305,6 +316,42 @@ def _confirm(
     return units, dropped
 
 
+def _changed(experiment: Experiment) -> float:
+    """From which relative change on the outputs do not stay."""
+    return max(CHANGED, 10 * experiment.unrest)
+
+
+def _moving(
+    experiment: Experiment, units: list[Unit], progress: Progress = lambda line: None
+) -> dict[int, float]:
+    """By how much the outputs change where groups are scaled, for leaves whose groups do it.
+
+    All are scaled at once at two points; where the outputs change, halves find the culprits.
+    """
+    moving: dict[int, float] = {}
+
+    def culprits(number: int, units: list[Unit]) -> None:
+        moved = experiment.change(number, units) if units else 0.0
+        if moved <= _changed(experiment):
+            return
+        if len(units) == 1:
+            moving.update(dict.fromkeys(units[0], moved))
+            return
+        half = len(units) // 2
+        culprits(number, units[:half])
+        culprits(number, units[half:])
+
+    for number in (0, 1):
+        progress(f"scaling all groups at point {number + 1}")
+        culprits(number, [unit for unit in units if not moving.keys() & unit.keys()])
+    return moving
+
+
+def _stays(experiment: Experiment, unit: Unit) -> bool:
+    """Whether the outputs stay where the groups of a unit are scaled."""
+    return not _moving(experiment, [unit])
+
+
 def _doubts(
     experiment: Experiment, found: Found, units: list[Unit], dropped: dict[int, float]
 ) -> list[str]:
@@ -320,8 +367,8 @@ def _doubts(
         limits = experiment.thresholds
         lines.append(
             f"expected deviations up to {limits.invariant:.0e} or from {limits.varying:.0e} on, "
-            f"found ones between for {unclear}; they get no group. A larger batch or float32 "
-            "computation may decide."
+            f"found ones between for {unclear}; they get no group. A larger batch may "
+            f"decide.{f' {HALF}' if experiment.is_narrow else ''}"
         )
     if dropped:
         moved = [f"{path[i]} ({change:.0e})" for i, change in dropped.items()]
@@ -329,6 +376,8 @@ def _doubts(
             f"expected outputs that stay where groups are scaled, found that they change "
             f"for {moved}; these get no group."
         )
+    if not experiment.used:
+        return [*lines, UNUSED]
     kernels = [i for i in experiment.floating if experiment.leaves[i].value.ndim > 1]
     idle = [i for i in kernels if found.verdicts[i] == NO_EFFECT]
     if kernels and 2 * len(idle) > len(kernels):
@@ -337,5 +386,15 @@ def _doubts(
             f"{path[idle[0]]} first. {CAUSES}"
         )
     elif not (units or lines):
-        lines.append(f"no group is radially invariant. {CAUSES}")
+        changed = _changed(experiment)
+        still = [
+            i for i in kernels[:FEW] if experiment.change(0, [{i: RadialGroup((-1,))}]) <= changed
+        ]
+        why = f"the outputs stay where {path[still[0]]} is scaled. {STOPPED}" if still else CAUSES
+        half = f" {HALF}" if experiment.is_narrow else ""
+        lines.append(
+            f"no group is radially invariant; {why}{half}"
+            if still
+            else f"no group is radially invariant. {why}{half}"
+        )
     return lines

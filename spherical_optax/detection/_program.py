@@ -33,6 +33,8 @@ def trace(
         # A new function each time: JAX remembers the trace of an old one.
         traces = [jax.make_jaxpr(lambda point: forward(point))(point) for _ in range(2)]
     except TypeError as error:
+        if not re.search(r"positional argument|keyword argument|arguments? but", str(error)):
+            raise  # of what fn does itself
         raise TypeError(
             f"{who}: fn(params, *args) was called with params and {further} further arguments "
             f"and raised: {error}. Pass what fn needs after params, or bind it: "
@@ -111,6 +113,12 @@ def sums(program: core.ClosedJaxpr) -> list[Sum]:
     found: set[Sum] = set()
     _dependences(program.jaxpr, [1 << i for i in range(len(program.jaxpr.invars))], found)
     return sorted(found)
+
+
+def is_used(program: core.ClosedJaxpr) -> bool:
+    """Whether an output depends on one of the program's inputs."""
+    bits = [1 << i for i in range(len(program.jaxpr.invars))]
+    return any(_dependences(program.jaxpr, bits, set()))
 
 
 def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[int], found: set[Sum]) -> list[int]:
