@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,10 +41,11 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
         return experiment.has_effect(i, [j for j in experiment.floating if near(i, j)])
 
     def near(i: int, j: int) -> bool:
-        """Whether two leaves are of one module, or of members of the same."""
-        return modules[i] == modules[j] or (
-            modules[i][:-1] == modules[j][:-1] and bool(modules[i]) and bool(modules[j])
-        )
+        """Whether two leaves are of one module, of two side by side, or of one in the other."""
+        a, b = modules[i], modules[j]
+        if a == b or (a and a[:-1] == b) or (b and b[:-1] == a):
+            return True
+        return bool(a and b) and a[:-1] == b[:-1]
 
     open_leaves = [i for i in experiment.floating if has_effect(i)]
     found.verdicts.update({i: NO_EFFECT for i in experiment.floating if i not in open_leaves})
@@ -79,9 +80,9 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
             found.verdicts[i] = "unclear"
 
     decided = ("invariant", "jointly invariant")
-    for i in leaders:
-        if found.verdicts.get(i) in decided:
-            continue
+    left = [i for i in leaders if found.verdicts.get(i) not in decided]
+    candidates: dict[frozenset[int], tuple[Any, tuple[int, ...], Unit]] = {}
+    for i in left:
         around = sorted(
             (modules[j] != modules[i], abs(j - i), j)
             for j in open_leaves
@@ -89,11 +90,19 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
         )
         others_of = _cancelling(experiment, i, [j for *_, j in around[:NEAR]], kernels, modules)
         for others in others_of:
+            members = frozenset((i, *others))
+            if members in candidates:  # another leaf of it has come first
+                continue
             names = " and ".join(_name(experiment, j, modules[i]) for j in others)
             best = _finest(experiment, (i, *others), found.tried[i], f" with {names}")
             if best is not None:
-                accept((i, *others), best)
-                break
+                count = math.prod(best[i].shape(shapes[i]))
+                order = len({modules[j] for j in members}), len(members), -count, left.index(i)
+                candidates[members] = order, (i, *others), best
+    # Of the sets that a leaf may belong to: the fewest modules, then leaves, the finest groups.
+    for _, numbers, best in sorted(candidates.values(), key=lambda each: each[0]):
+        if not any(found.verdicts.get(j) in decided for j in numbers):
+            accept(numbers, best)
     for i in open_leaves:
         verdict = "not invariant" if i in leaders else "one-dimensional, no kernel"
         found.verdicts.setdefault(i, verdict)
