@@ -453,6 +453,7 @@ class FoundGroups:
       invariant_up_to: The largest deviation of a group found, 0 if none was.
       others_from: The smallest deviation of a candidate turned down; infinite if none was.
       forward_passes: What it cost, a gradient counted as three forward passes.
+      varied: The constant arguments of the function that were varied, in words.
     """
 
     groups: Any
@@ -460,6 +461,7 @@ class FoundGroups:
     invariant_up_to: float
     others_from: float
     forward_passes: int
+    varied: tuple[str, ...] = ()
 
 
 class _Dataclass(Protocol):
@@ -740,6 +742,7 @@ def describe_groups(params: Any, groups: Groups) -> str:
     return (
         f"{_table([header, *rows])}\ninvariant up to {groups.invariant_up_to:.0e}, others from "
         f"{groups.others_from:.0e}; {groups.forward_passes} forward passes"
+        + "".join(f"\nvaried, being constant: {each}" for each in groups.varied)
     )
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 import spherical_optax as so
 from spherical_optax import _trees, geometry
-from spherical_optax.detection import _program
+from spherical_optax.detection import _flow
 from spherical_optax.detection._experiment import Experiment
 from spherical_optax.groups import radial_units
 
@@ -840,7 +840,7 @@ def test_a_scan_reads_what_the_iteration_before_left():
         (first, _), _ = jax.lax.scan(swap, (a, b), None, length=2)
         return first + c
 
-    assert _program.sums(jax.make_jaxpr(fn)(1.0, 2.0, 3.0)) == [(0b011, 0b100)]
+    assert _flow.sums(jax.make_jaxpr(fn)(1.0, 2.0, 3.0)) == [(0b011, 0b100)]
 
 
 def test_epsilons_are_found_inside_other_programs():

@@ -24,13 +24,15 @@ import numpy as np
 from jax.extend import core
 
 from spherical_optax import _trees, geometry
-from spherical_optax.detection import _program, _widened
+from spherical_optax.detection import _flow, _program, _widened
+from spherical_optax.detection._arguments import is_floating, varied
 from spherical_optax.groups import RadialGroup
 
 Unit = dict[int, RadialGroup]
 Progress = Callable[[str], Any]
 
 NOISE = 0.05  # relative change of p under jitter, which only rounding has in most networks
+OUTLIER = 1e4  # size of an output's entry relative to their median, as of a masked logit
 SMALL = 1e-4  # size of p relative to the module's, which only rounding has beside it
 
 
@@ -64,6 +66,8 @@ class Experiment:
       is_narrow: Whether that is half precision.
       sums: What the program adds to what, in numbers of floating leaves.
       used: Whether the outputs depend on the floating leaves at all.
+      kernels: The leaves that are contracted with data, or looked up in.
+      varied: The constant arguments that were varied, in words.
       forward_passes: What it cost, a gradient counted as three forward passes.
     """
 
@@ -77,11 +81,9 @@ class Experiment:
                 (leaf.path, str(getattr(leaf.value, "dtype", leaf.value))) for leaf in self.leaves
             ]
             raise ValueError(f"{who}: expected parameters with floating leaves, found {found}.")
-        rng = np.random.default_rng(0)
-        args = jax.tree.map(lambda arg: _generic_input(arg, rng), tuple(args))
         values = [_concrete(value) for value in values]
 
-        def forward(point: list[Any]) -> list[jax.Array]:
+        def of(args: Any, point: list[Any]) -> list[jax.Array]:
             varied = dict(zip(self.floating, point, strict=True))
             everything = [varied.get(i, value) for i, value in enumerate(values)]
             # The identity map makes NNX variables among the arguments anew, free to be mutated.
@@ -92,9 +94,14 @@ class Experiment:
         given = [values[i] for i in self.floating]
         shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in given]
         progress("tracing the forward pass")
+        args, self.varied = varied(tuple(args), of, shapes)
+        for each in self.varied:
+            progress(f"constant, and multiplied by a kernel, so varied: {each}")
+        forward = functools.partial(of, args)
         program = _program.trace(who, forward, shapes, len(args))
-        self.sums = _program.sums(program)
-        self.used = _program.is_used(program)
+        self.sums = _flow.sums(program)
+        self.used = _flow.is_used(program)
+        self.kernels = {self.floating[n] for n in _flow.kernels(program)}
         try:
             program = _widened.widened(program)
             given = [_widened.wide(value) for value in given]
@@ -113,10 +120,15 @@ class Experiment:
         self.forward_passes = 0
         self.points: list[Point] = []
         self._sums: dict[Any, np.ndarray] = {}
+        self._counted = [np.ones(out.shape, bool) for out in program.out_avals]
         known = all(_is_known(value) for value in given)
+        ready = self._first_point(given, known)
         for near in (known, False):
             number = len(self.points)
             progress(f"gradient at point {number + 1} of {POINTS}")
+            if number == 0 and ready is not None:
+                self.points.append(ready)
+                continue
             self._look(
                 functools.partial(_drawn, given, number, near, shrink)
                 for shrink in (1.0, 0.5, 0.25, 0.0625)
@@ -131,6 +143,23 @@ class Experiment:
         outputs, again = self.at(_jittered(first.draw()), 0)
         self.noise = {i: _relative(p, again[i]) for i, p in first.products.items()}
         self.unrest = max(map(_relative, first.outputs, outputs), default=0.0)
+
+    def _first_point(self, given: list[Any], known: bool) -> Point | None:
+        """The first point, if nothing is to be seen to there.
+
+        Entries of the outputs that are not finite or drown the others, and are the same at
+        another point, are left out from then on: logits that are masked with -1e9 or -inf say
+        nothing of the weights.
+        """
+        draw = functools.partial(_drawn, given, 0, known, 1.0)
+        outputs, products = self.at(draw())
+        if any(map(_has_outliers, outputs)):
+            others, _ = self.at(_drawn(given, 1, False, 1.0))
+            for counted, a, b in zip(self._counted, outputs, others, strict=True):
+                counted &= np.isfinite(a) & np.isfinite(b) & (a != b)
+            return None
+        finite = all(np.isfinite(each).all() for each in products.values())
+        return Point(draw, outputs, products) if finite else None
 
     def look_at_scales(self, numbers: set[int], progress: Progress) -> None:
         """Adds points at which these leaves are larger, and smaller."""
@@ -157,7 +186,7 @@ class Experiment:
     def at(self, point: list[np.ndarray], number: int = 0) -> tuple[list[np.ndarray], Any]:
         """Outputs and products at a point, for a random function of the outputs."""
         self.forward_passes += 3
-        outputs, products = self._evaluate(point, jax.random.key(number))
+        outputs, products = self._evaluate(point, jax.random.key(number), self._counted)
         return (
             [np.asarray(output, np.float64) for output in outputs],
             {i: np.asarray(p) for i, p in zip(self.floating, products, strict=True)},
@@ -245,9 +274,12 @@ def _evaluation(program: core.ClosedJaxpr) -> Callable[..., Any]:
     forward = core.jaxpr_as_fun(program)
 
     @jax.jit
-    def evaluate(point: list[jax.Array], key: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    def evaluate(
+        point: list[jax.Array], key: jax.Array, counted: list[jax.Array]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         def random_function(point: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-            outputs = forward(*point)
+            pairs = zip(counted, forward(*point), strict=True)
+            outputs = [jnp.where(each, output, 0) for each, output in pairs]
             total = jnp.zeros(())
             for number, output in enumerate(outputs):
                 wide = geometry.wide(output)
@@ -264,9 +296,10 @@ def _evaluation(program: core.ClosedJaxpr) -> Callable[..., Any]:
     return evaluate
 
 
-def is_floating(value: Any) -> bool:
-    """Whether a leaf is an array of real floating numbers, or stands for one."""
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+def _has_outliers(output: np.ndarray) -> bool:
+    """Whether entries are not finite, or drown the others."""
+    size = np.abs(output)
+    return not np.isfinite(size).all() or bool(size.size and size.max() > OUTLIER * np.median(size))
 
 
 def is_vector(shape: tuple[int, ...], others: Iterable[tuple[int, ...]] = ()) -> bool:
@@ -347,15 +380,6 @@ def _concrete(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct) and not is_floating(value):
         return jnp.zeros(value.shape, value.dtype)
     return value
-
-
-def _generic_input(arg: Any, rng: np.random.Generator) -> Any:
-    """The input itself, or random numbers for a constant array of two or more axes."""
-    if not (isinstance(arg, jax.Array | np.ndarray) and is_floating(arg) and arg.ndim > 1):
-        return arg
-    if isinstance(arg, jax.core.Tracer) or arg.size < 2 or not bool((arg == arg.ravel()[0]).all()):
-        return arg
-    return jnp.asarray(rng.standard_normal(arg.shape), arg.dtype)
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:

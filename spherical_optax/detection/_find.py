@@ -83,10 +83,11 @@ def find_radial_groups(
         lengths do matter. Dropout must be off, or its key fixed.
       params: The parameters; `jax.ShapeDtypeStruct` leaves will do, but the values of a
         trained or freshly initialised network are one more point to look at.
-      *args: Whatever else `fn` takes; a small batch is enough. A floating array of two or
-        more axes that is constant, as in `jnp.ones((1, 28, 28, 1))`, is replaced by random
-        numbers: statistics of a constant batch hide what the weights do. So do those of
-        one or two samples, and one-hot rows make each row of a kernel a group of its own.
+      *args: Whatever else `fn` takes; a small batch is enough. A constant floating array of two
+        or more axes that a kernel multiplies, as `jnp.ones((1, 28, 28, 1))`, is varied by up to
+        half: statistics of a constant batch hide what the weights do. `progress`, warnings and
+        `FoundGroups` say so; other constants, as a mask of ones, stay. Statistics of one or two
+        samples hide it too, and one-hot rows make each row of a kernel a group of its own.
       explain: Whether to return `FoundGroups`, with the evidence for each leaf.
       vectors: Whether to report one-dimensional leaves without a kernel too: under ReLU a
         normalization layer's own scale and bias are often jointly invariant.
@@ -129,6 +130,8 @@ def find_radial_groups(
     experiment, found = _searched("find_radial_groups", fn, params, args, vectors, say)
     units, dropped = _confirm(experiment, found, say)
     for line in _doubts(experiment, found, units, dropped):
+        varied = f" Varied, being constant: {', '.join(experiment.varied)}."
+        line += varied if experiment.varied else ""
         warnings.warn(f"find_radial_groups: {line}", UserWarning, stacklevel=2)
     groups = _tree_of(params, {i: group for unit in units for i, group in unit.items()})
     if not explain:
@@ -148,6 +151,7 @@ def find_radial_groups(
         invariant_up_to=max((experiment.deviation(unit) for unit in units), default=0.0),
         others_from=min((each for each in rejected if each > limit), default=math.inf),
         forward_passes=experiment.forward_passes,
+        varied=tuple(experiment.varied),
     )
 
 
@@ -232,6 +236,9 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
             )
     if wrong:
         lines = [f"{who}: {len(wrong)} of {len(given)} groups:", *wrong, *hints]
+        lines += [f"Varied, being constant: {', '.join(experiment.varied)}."] * bool(
+            experiment.varied
+        )
         raise ValueError("\n".join(lines))
     grouped = {i for unit in given for i in unit}
     plain = search(experiment, False, say).units

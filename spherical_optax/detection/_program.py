@@ -7,7 +7,7 @@ is invariant shows at any scale of the parameters, and so does what is not.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,68 +102,3 @@ def _smaller(operand: Any) -> Any:
     if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating) or not 0 < value <= EPSILON:
         return operand
     return core.Literal((value * SMALLER).astype(value.dtype), operand.aval)
-
-
-Sum = tuple[int, int]
-"""Two operands that are added or concatenated: the inputs each depends on, as sets of bits."""
-
-
-def sums(program: core.ClosedJaxpr) -> list[Sum]:
-    """What is added to what: which of the program's inputs both sides depend on."""
-    found: set[Sum] = set()
-    _dependences(program.jaxpr, [1 << i for i in range(len(program.jaxpr.invars))], found)
-    return sorted(found)
-
-
-def is_used(program: core.ClosedJaxpr) -> bool:
-    """Whether an output depends on one of the program's inputs."""
-    bits = [1 << i for i in range(len(program.jaxpr.invars))]
-    return any(_dependences(program.jaxpr, bits, set()))
-
-
-def _dependences(jaxpr: core.Jaxpr, inputs: Sequence[int], found: set[Sum]) -> list[int]:
-    """Which inputs each output depends on; adds the sums on the way."""
-    known: dict[Any, int] = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def of(operand: Any) -> int:
-        return 0 if isinstance(operand, core.Literal) else known.get(operand, 0)
-
-    for eqn in jaxpr.eqns:
-        operands = [of(each) for each in eqn.invars]
-        everything = 0
-        for each in operands:
-            everything |= each
-        if eqn.primitive.name in ("add", "add_any", "sub", "concatenate"):
-            for n, a in enumerate(operands):
-                found.update((a, b) for b in operands[n + 1 :] if a & ~b and b & ~a)
-        outputs = [everything] * len(eqn.outvars)
-        for inner in _inner_programs(eqn):
-            if len(inner.invars) != len(operands):
-                continue
-            if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
-                for n in _carry(eqn, inner):
-                    operands[n] = everything
-            results = _dependences(inner, operands, found)
-            if len(results) == len(outputs):
-                outputs = results
-        known.update(zip(eqn.outvars, outputs, strict=True))
-    return [of(each) for each in jaxpr.outvars]
-
-
-def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
-    """Which operands of a scan are its carry: they come before what is sliced."""
-
-    def unsliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-        pairs = zip(outside, inside, strict=True)
-        return sum(np.ndim(a.aval) == np.ndim(b.aval) for a, b in pairs)
-
-    last = unsliced(eqn.invars, inner.invars)
-    return range(last - unsliced(eqn.outvars, inner.outvars), last)
-
-
-def _inner_programs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    for value in eqn.params.values():
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value

@@ -51,8 +51,19 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
     found.verdicts.update({i: NO_EFFECT for i in experiment.floating if i not in open_leaves})
 
     def kernel(i: int) -> bool:
+        if i not in experiment.kernels and is_vector(shapes[i][1:]) and stacked(i):
+            return False
         others = (shapes[j] for j in open_leaves if j != i and modules[j] == modules[i])
         return not is_vector(shapes[i], others)
+
+    def stacked(i: int) -> bool:
+        """Whether all leaves around this one, kernels among them, have its first axis."""
+        for depth in range(len(modules[i]) + 1):
+            around = [j for j in modules if modules[j][:depth] == modules[i][:depth]]
+            sizes = {shapes[j][:1] if len(shapes[j]) > 1 else () for j in around}
+            if len(sizes) == 1 and experiment.kernels & set(around):
+                return True
+        return False
 
     kernels = {i for i in open_leaves if kernel(i)}
     leaders = sorted(

@@ -1,0 +1,151 @@
+"""What flows where in a program: which inputs reach an output, a sum, a kernel's operand.
+
+Each question is one value per variable, and a rule that makes the value of an operation's
+results of those of its operands; programs inside of operations are followed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from jax.extend import core
+
+Value = TypeVar("Value")
+Sum = tuple[int, int]
+"""Two operands that are added or concatenated: the inputs each depends on, as sets of bits."""
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
+
+
+def sums(program: core.ClosedJaxpr) -> list[Sum]:
+    """What is added to what: which of the program's inputs both sides depend on."""
+    found: set[Sum] = set()
+
+    def rule(name: str, operands: Sequence[int]) -> int:
+        if name in ("add", "add_any", "sub", "concatenate"):
+            for n, a in enumerate(operands):
+                found.update((a, b) for b in operands[n + 1 :] if a & ~b and b & ~a)
+        return _union(operands)
+
+    _flow(program.jaxpr, _bits(program), 0, rule)
+    return sorted(found)
+
+
+def is_used(program: core.ClosedJaxpr) -> bool:
+    """Whether an output depends on one of the program's inputs."""
+    return any(_flow(program.jaxpr, _bits(program), 0, lambda name, operands: _union(operands)))
+
+
+def kernels(program: core.ClosedJaxpr) -> set[int]:
+    """The inputs that are contracted with data, or looked up in: matrices, filters, tables.
+
+    Data is what the program closes over. A scale or a bias meets it entry by entry first.
+    """
+    found: set[int] = set()
+
+    def rule(name: str, operands: Sequence[tuple[int, bool]]) -> tuple[int, bool]:
+        if name in (*CONTRACTIONS, "gather"):
+            for bits, data in operands:
+                found.update(_numbers(bits) if not data else ())
+        return _union(bits for bits, _ in operands), any(data for _, data in operands)
+
+    given = [(bits, False) for bits in _bits(program)]
+    _flow(program.jaxpr, given, (0, False), rule, data=(0, True))
+    return found
+
+
+def inputs(program: core.ClosedJaxpr, parameters: int) -> set[int]:
+    """Which of the arguments behind the parameters are contracted with a kernel.
+
+    These are what a network looks at. Others say how: masks, noise levels, temperatures.
+
+    Args:
+      program: Its first inputs are the parameters, the others the arguments.
+      parameters: How many parameters there are.
+    """
+    found: set[int] = set()
+
+    def rule(name: str, operands: Sequence[tuple[int, bool]]) -> tuple[int, bool]:
+        arguments = _union(bits for bits, _ in operands) >> parameters
+        on_parameters = any(bits & ((1 << parameters) - 1) for bits, _ in operands)
+        contracted = any(each for _, each in operands)
+        if name in CONTRACTIONS and on_parameters:
+            found.update(_numbers(arguments) if not contracted else ())
+            contracted = True
+        return _union(bits for bits, _ in operands), contracted
+
+    _flow(program.jaxpr, [(bits, False) for bits in _bits(program)], (0, False), rule)
+    return found
+
+
+def _bits(program: core.ClosedJaxpr) -> list[int]:
+    return [1 << n for n in range(len(program.jaxpr.invars))]
+
+
+def _numbers(bits: int) -> list[int]:
+    return [n for n in range(bits.bit_length()) if bits >> n & 1]
+
+
+def _union(bits: Any) -> int:
+    total = 0
+    for each in bits:
+        total |= each
+    return total
+
+
+def _flow(
+    jaxpr: core.Jaxpr,
+    given: Sequence[Value],
+    nothing: Value,
+    rule: Callable[[str, Sequence[Value]], Value],
+    data: Value | None = None,
+) -> list[Value]:
+    """The values of a program's outputs.
+
+    Args:
+      jaxpr: The program.
+      given: The values of its inputs.
+      nothing: That of literals, and of what is not followed.
+      rule: From an operation's name and its operands' values to that of its results.
+      data: That of the constants that the program closes over, if not `nothing`.
+    """
+    known: dict[Any, Value] = dict(zip(jaxpr.invars, given, strict=True))
+    known |= dict.fromkeys(jaxpr.constvars, nothing if data is None else data)
+
+    def of(operand: Any) -> Value:
+        return nothing if isinstance(operand, core.Literal) else known.get(operand, nothing)
+
+    for eqn in jaxpr.eqns:
+        operands = [of(each) for each in eqn.invars]
+        everything = rule(eqn.primitive.name, operands)
+        outputs = [everything] * len(eqn.outvars)
+        for inner in _inner_programs(eqn):
+            if len(inner.invars) != len(operands):
+                continue
+            if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
+                for n in _carry(eqn, inner):
+                    operands[n] = everything
+            results = _flow(inner, operands, nothing, rule, data)
+            if len(results) == len(outputs):
+                outputs = results
+        known.update(zip(eqn.outvars, outputs, strict=True))
+    return [of(each) for each in jaxpr.outvars]
+
+
+def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
+    """Which operands of a scan are its carry: they come before what is sliced."""
+
+    def unsliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(np.ndim(a.aval) == np.ndim(b.aval) for a, b in pairs)
+
+    last = unsliced(eqn.invars, inner.invars)
+    return range(last - unsliced(eqn.outvars, inner.outvars), last)
+
+
+def _inner_programs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    for value in eqn.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value
