@@ -277,9 +277,12 @@ def _searched(
     vectors: bool,
     progress: Progress,
 ) -> tuple[Experiment, Found]:
-    """The experiment, and what is invariant at all its points."""
+    """The experiment, and what is invariant at all its points.
+
+    The points do not depend on `vectors`, so that a mask that is found is found right.
+    """
     experiment = Experiment(who, fn, params, args, progress)
-    first = search(experiment, vectors, lambda line: None)
+    first = search(experiment, False, lambda line: None)
     seeming = {i for unit in first.units for i in unit}
     # What has no effect stays small beside what has: a bias before BatchNorm.
     seeming |= {i for i, verdict in first.verdicts.items() if verdict == NO_EFFECT}
