@@ -182,3 +182,33 @@ def test_scales_and_biases_of_stacked_layers_are_no_kernels():
     right = {"c/kernel": so.RadialGroup((0, -1)), "d/kernel": so.RadialGroup((0,))}
     assert table(fn, stacked, X) == expected(stacked, right)
     so.check_radial_groups(fn, stacked, so.groups_by_path(right), X)  # without a warning
+
+
+def test_groups_that_cannot_be_said_are_not_silently_coarser():
+    """A grouped transposed convolution, inputs first: blocks of axis 0, crossed with axis 1."""
+    params = {"w": jax.random.normal(KEYS[1], (4, 3, 3, 3))}
+    x = jax.random.normal(KEYS[2], (16, 4, 5, 5))
+
+    def fn(p, x):
+        parts = [
+            jax.lax.conv_transpose(
+                x[:, k : k + 2],
+                p["w"][k : k + 2],
+                (2, 2),
+                "SAME",
+                dimension_numbers=("NCHW", "IOHW", "NCHW"),
+            )
+            for k in (0, 2)
+        ]
+        y = jnp.concatenate(parts, 1)
+        over = (0, 2, 3)
+        return (y - y.mean(over, keepdims=True)) / jnp.sqrt(y.var(over, keepdims=True) + 1e-5)
+
+    message = r"finer ones for w \(2 blocks of axis 0, crossed with \(1,\)\)"
+    with pytest.warns(UserWarning, match=message):
+        found = so.find_radial_groups(fn, params, x)
+    with pytest.warns(UserWarning, match=message):
+        so.check_radial_groups(fn, params, found, x)
+    split = {"w": params["w"].reshape(2, 2, 3, 3, 3)}
+    apart = lambda p, x: fn({"w": p["w"].reshape(4, 3, 3, 3)}, x)  # noqa: E731
+    assert so.find_radial_groups(apart, split, x)["w"] == so.RadialGroup((0, 2))

@@ -235,6 +235,25 @@ class Experiment:
         square = sum(self.squares(number, i) for i in unit)
         return float(np.linalg.norm(total)) / math.sqrt(square) if square > 0 else 0.0
 
+    def crossed(self, i: int, axes: tuple[int, ...]) -> str | None:
+        """Finer groups of a leaf than its axes: these crossed with blocks of an axis before."""
+        shape = self.shape(i)
+        for axis in (a for a in range(max(axes, default=0)) if a not in axes):
+            kept = tuple(sorted((*axes, axis)))
+            place = kept.index(axis)
+            for blocks in range(2, shape[axis] // 2 + 1):
+                if shape[axis] % blocks:
+                    continue
+                worst = 0.0
+                for number in range(len(self.points)):
+                    sums, square = self.sums_over(number, i, kept), self.squares(number, i)
+                    split = (*sums.shape[:place], blocks, -1, *sums.shape[place + 1 :])
+                    total = sums.reshape(split).sum(place + 1)
+                    worst = max(worst, float(np.linalg.norm(total)) / math.sqrt(square or 1))
+                if worst <= self.thresholds.invariant:
+                    return f"{blocks} blocks of axis {axis}, crossed with {axes}"
+        return None
+
     def change(self, number: int, units: Iterable[Unit], still: Iterable[int] = ()) -> float:
         """How much the outputs at a point change where groups are scaled by random factors.
 

@@ -241,6 +241,8 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
         )
         raise ValueError("\n".join(lines))
     grouped = {i for unit in given for i in unit}
+    if grouped & found.finer.keys():
+        warnings.warn(f"{who}: {_coarse(experiment, found)}", UserWarning, stacklevel=2)
     plain = search(experiment, False, say).units
     left = [unit for unit in plain if not grouped & set(unit)]
     if left:
@@ -362,6 +364,16 @@ def _stays(experiment: Experiment, unit: Unit) -> bool:
     return not _moving(experiment, [unit])
 
 
+def _coarse(experiment: Experiment, found: Found) -> str:
+    """Of groups that are finer than they can be said."""
+    finer = [f"{experiment.leaves[i].path} ({what})" for i, what in found.finer.items()]
+    return (
+        f"expected groups that RadialGroup can say, found finer ones for {', '.join(finer)}, as of "
+        "grouped transposed convolutions; those found are invariant, but coarser. Keep such a "
+        "kernel with one leaf for each block, or split its axis in two."
+    )
+
+
 def _doubts(
     experiment: Experiment, found: Found, units: list[Unit], dropped: dict[int, float]
 ) -> list[str]:
@@ -388,6 +400,8 @@ def _doubts(
         )
     if not experiment.used:
         return [*lines, UNUSED]
+    if found.finer:
+        lines.append(_coarse(experiment, found))
     kernels = [i for i in experiment.floating if experiment.leaves[i].value.ndim > 1]
     idle = [i for i in kernels if found.verdicts[i] == NO_EFFECT]
     if kernels and 2 * len(idle) > len(kernels):

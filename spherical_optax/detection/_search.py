@@ -24,18 +24,20 @@ class Found(NamedTuple):
       units: The finest invariant units.
       tried: For each leaf, the partitions tried and their deviations.
       verdicts: For each leaf, what follows.
+      finer: For leaves whose finest groups are none that can be said, what these are.
     """
 
     units: list[Unit]
     tried: dict[int, list[tuple[str, float]]]
     verdicts: dict[int, str]
+    finer: dict[int, str]
 
 
 def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
     """Finds the finest invariant partition of each leaf, alone or jointly with others."""
     modules = {i: module_of(experiment.leaves[i].keys) for i in experiment.floating}
     shapes = {i: experiment.shape(i) for i in experiment.floating}
-    found = Found([], {i: [] for i in experiment.floating}, {})
+    found = Found([], {i: [] for i in experiment.floating}, {}, {})
 
     def has_effect(i: int) -> bool:
         return experiment.has_effect(i, [j for j in experiment.floating if near(i, j)])
@@ -87,6 +89,8 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
         best = _finest(experiment, (i,), found.tried[i], "")
         if best is not None:
             accept((i,), best)
+            finer = experiment.crossed(i, best[i].axes(len(shapes[i])))
+            found.finer.update({i: finer} if finer and best[i].num_blocks is None else {})
         elif found.tried[i][0][1] < experiment.thresholds.varying:
             found.verdicts[i] = "unclear"
 
