@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spherical_optax import _trees
+from spherical_optax import _complex, _trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,7 +419,12 @@ def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{leaf.path} of shape {shape}: expected a real floating dtype for a leaf with "
-            f"a radial group, found {dtype}; give this leaf None."
+            f"a radial group, found {dtype}; give this leaf None"
+            + (
+                ", or wrap the optimizer in optax.contrib.split_real_and_imaginary."
+                if jnp.issubdtype(dtype, jnp.complexfloating)
+                else "."
+            )
         )
     try:
         group.shape(shape)
@@ -512,6 +517,11 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     by = _by_rules if isinstance(given, PathRules) else _by_prefix
     said = by(given, leaves)
     found = [_checked(leaf, group) for leaf, group in zip(leaves, said, strict=True)]
+    pairs = _complex.pairs(tree) if any(leaf.keys[-1:] == ("real",) for leaf in leaves) else set()
+    for n, (leaf, group) in enumerate(zip(leaves, found, strict=True)):
+        if group is not None and group.joint is None and leaf.keys[:-1] in pairs:
+            label = f"{'/'.join(leaf.keys[:-1])} (complex)"
+            found[n] = dataclasses.replace(group, joint=label)
     _check_none_hidden(leaves, said, found)
     return _units(
         [(leaf, group) for leaf, group in zip(leaves, found, strict=True) if not leaf.hidden]
@@ -702,8 +712,8 @@ def describe_groups(params: Any, groups: Groups) -> str:
       groups: See this module's docstring.
 
     Returns:
-      One line per leaf that is not `None`. Entries count all leaves of a joint group
-      together; a dash stands for a leaf without a group. For what
+      One line per leaf that is not `None`, two for a complex one. Entries count all leaves of a
+      joint group together; a dash stands for a leaf without a group. For what
       `find_radial_groups(..., explain=True)` returns, also the verdict on each leaf and
       the deviations measured.
 
@@ -721,6 +731,7 @@ def describe_groups(params: Any, groups: Groups) -> str:
       path    shape   groups  entries per group  label
       kernel  (5, 8)  8       5                  -
     """
+    params = _complex.split(params)
     units, leaves = radial_units(groups, params), _trees.visible_leaves(params)
     _warn_of_windows(units, params)
     rows = [[leaf.path, str(np.shape(leaf.value)), "-", "-", "-"] for leaf in leaves]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from spherical_optax import _trees, geometry
+from spherical_optax import _complex, _trees, geometry
 from spherical_optax.detection import _flow, _program, _widened
 from spherical_optax.detection._arguments import is_floating, varied
 from spherical_optax.groups import RadialGroup
@@ -88,7 +88,7 @@ class Experiment:
             everything = [varied.get(i, value) for i, value in enumerate(values)]
             # The identity map makes NNX variables among the arguments anew, free to be mutated.
             fresh = jax.tree.map(lambda a: a, args)
-            outputs = jax.tree.leaves(fn(treedef.unflatten(everything), *fresh))
+            outputs = jax.tree.leaves(_complex.split(fn(treedef.unflatten(everything), *fresh)))
             return [output for output in outputs if is_floating(output)]
 
         given = [values[i] for i in self.floating]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from spherical_optax import _trees
+from spherical_optax import _complex, _trees
 from spherical_optax.detection._experiment import Experiment, Progress, Unit
 from spherical_optax.detection._search import NO_EFFECT, Found, search
 from spherical_optax.groups import (
@@ -126,6 +126,8 @@ def find_radial_groups(
     References:
       Roburin et al., Neurocomputing 2022, section 2 (radial invariance).
     """
+    if _complex.is_complex(params):
+        params, fn = _complex.split(params), _complex.of_pairs(fn)
     say = _spoken("find_radial_groups", progress)
     experiment, found = _searched("find_radial_groups", fn, params, args, vectors, say)
     units, dropped = _confirm(experiment, found, say)
@@ -133,7 +135,8 @@ def find_radial_groups(
         varied = f" Varied, being constant: {', '.join(experiment.varied)}."
         line += varied if experiment.varied else ""
         warnings.warn(f"find_radial_groups: {line}", UserWarning, stacklevel=2)
-    groups = _tree_of(params, {i: group for unit in units for i, group in unit.items()})
+    found_groups = _tree_of(params, {i: group for unit in units for i, group in unit.items()})
+    groups = _complex.groups_of_pairs(found_groups)
     if not explain:
         return groups
     limit = 3 * experiment.thresholds.invariant
@@ -188,6 +191,8 @@ def check_radial_groups(fn: Callable[..., Any], params: Any, groups: Groups, *ar
 RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
     """
     who = "check_radial_groups"
+    if _complex.is_complex(params):
+        params, fn = _complex.split(params), _complex.of_pairs(fn)
     given = radial_units(groups, params)
     say = _spoken(who, None)
     experiment, found = _searched(who, fn, params, args, True, say)
