@@ -13,6 +13,8 @@ from spherical_optax import _trees
 from spherical_optax.groups import RadialGroup
 from spherical_optax.transforms._units import Unit
 
+AFFORDABLE = 1_000_000  # entries of parameters that are tried in their own shapes
+
 
 class Trial(NamedTuple):
     """A step on small arrays: trees like the parameters, with `None` where leaves are left out."""
@@ -29,8 +31,9 @@ def trials(
     """Runs of a few steps on small arrays with the parameters' paths and numbers of axes.
 
     The first run has of paths that differ in digits only, as repeated layers' do, one leaf; the
-    second has all leaves. One that fails, as the transformation needs other arguments or these
-    very shapes, is left out.
+    second has all leaves, and the third all leaves of the parameters' shapes, if these are small.
+    One that fails, as the transformation needs other arguments, is left out. The loss is linear
+    in the parameters, with the gradients of the step.
 
     Args:
       tx: The transformation.
@@ -38,15 +41,27 @@ def trials(
       units: Their units.
       steps: Steps of a run.
       same: Whether every step has the same gradients.
+
+    Raises:
+      Exception: That of the last run, if all fail.
     """
     leaves = _trees.visible_leaves(params)
     groups = {i: group for unit in units for i, group in unit.items()}
-    for numbers in (_one_of_each_kind(leaves, groups), list(range(len(leaves)))):
-        small = {i: _small(leaves[i], groups.get(i)) for i in numbers}
+    everything = list(range(len(leaves)))
+    shapes = [(_one_of_each_kind(leaves, groups), _small), (everything, _small)]
+    if sum(np.size(leaf.value) for leaf in leaves if leaf.value is not None) <= AFFORDABLE:
+        shapes.append((everything, _as_it_is))
+    succeeded = False
+    for n, (numbers, shape) in enumerate(shapes):
+        arrays = {i: shape(leaves[i], groups.get(i)) for i in numbers}
         try:
-            yield _run(tx, params, small, steps, same)
+            found = _run(tx, params, arrays, steps, same)
         except Exception:
+            if n == len(shapes) - 1 and not succeeded:
+                raise
             continue
+        succeeded = True
+        yield found
 
 
 def _run(
@@ -70,7 +85,27 @@ def _run(
     with jax.ensure_compile_time_eval(), jax.default_device(_cpu()):
         x, g = random(0.01), random(1.0)
         state = jax.jit(tx.init)(x)
-        update = jax.jit(optax.with_extra_args_support(tx).update)
+
+        def loss(gradients: Any) -> Any:
+            # Above 0, which some take for the least value there is.
+            def value_fn(params: Any) -> jax.Array:
+                return 1e3 + optax.tree.real(optax.tree.vdot(gradients, params))
+
+            return value_fn
+
+        @jax.jit
+        def update(g: Any, state: Any, x: Any) -> Any:
+            value, value_fn = loss(g)(x), loss(g)
+            searched = {"value": value, "grad": g, "value_fn": value_fn}  # as line searches ask
+            others = {"loss": value, "obj_fn": value_fn, "key": jax.random.key(0)}
+            gradients = {"grad_fn": lambda *args: g}
+            for more in (searched, searched | others | gradients, gradients, {}):
+                try:
+                    return optax.with_extra_args_support(tx).update(g, state, x, **more)
+                except TypeError as error:
+                    last = error
+            raise last
+
         for step in range(steps):
             g = g if same or step == 0 else random(1.0)
             updates, state = update(g, state, x)
@@ -97,6 +132,13 @@ def _small(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStruct
         axis = group.axes(len(shape))[-1]
         shape[axis] = min(3 * group.num_blocks, leaf.value.shape[axis])
     return jax.ShapeDtypeStruct(tuple(shape), leaf.value.dtype)
+
+
+def _as_it_is(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStruct | None:
+    del group
+    if not jnp.issubdtype(getattr(leaf.value, "dtype", object), jnp.inexact):
+        return None
+    return jax.ShapeDtypeStruct(tuple(leaf.value.shape), leaf.value.dtype)
 
 
 def _cpu() -> jax.Device | None:

@@ -169,3 +169,121 @@ def test_muonh_on_a_tree_of_dictionaries():
     np.testing.assert_allclose(after["dense0"]["kernel"], expected, rtol=1e-4)
     adam = run(optax.adam(0.01), params["norm"], [params["norm"]])
     np.testing.assert_allclose(after["norm"]["scale"], adam[-1]["scale"], rtol=1e-6)
+
+
+def needs_a_batch():
+    def update(updates, state, params=None, *, batch):
+        return jax.tree.map(lambda u: u / len(batch), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+WITH_ARGUMENTS = {
+    "polyak_sgd": optax.polyak_sgd(),
+    "lbfgs": optax.lbfgs(),
+    "lbfgs, backtracking": optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(5)),
+    "momo": optax.contrib.momo(),
+    "adam and reduce_on_plateau": optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau()),
+    "dog": optax.contrib.dog(1e-3),
+    "prodigy": optax.contrib.prodigy(),
+    "sam": optax.contrib.sam(
+        optax.sgd(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.5)), opaque_mode=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_ARGUMENTS)
+def test_a_whole_optimizer_is_refused_whatever_it_asks_for(name):
+    with pytest.raises(ValueError, match="points against the gradient"):
+        hyperball(WITH_ARGUMENTS[name]).init(params_of())
+
+
+def test_what_cannot_be_tried_is_said_and_can_be_stated():
+    message = r"hyperball: .* cannot be tried: TypeError: .*'batch'.*so\.direction\(inner\)"
+    with pytest.raises(ValueError, match=message):
+        hyperball(needs_a_batch()).init(params_of())
+    params = params_of()
+    tx = hyperball(so.direction(needs_a_batch()))
+    updates, _ = tx.update(params, tx.init(params), params, batch=[1, 2])
+    same, _ = hyperball(optax.identity()).update(params, tx.init(params), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        updates["conv"],
+        same["conv"],
+    )
+    with pytest.raises(TypeError, match="direction: expected a gradient transformation as tx"):
+        so.direction(optax.scale_by_adam)
+
+
+def test_hyperparameters_may_be_traced():
+    """As in a search over them with `init` inside; they are numbers elsewhere."""
+
+    def moved(b1):
+        params = params_of()
+        tx = so.adamh(0.1, b1, groups=GROUPS, other_learning_rate=0.1)
+        updates, _ = tx.update(params, tx.init(params), params)
+        return updates["norm"]["scale"]
+
+    found = jax.vmap(moved)(jnp.array([0.5, 0.9]))
+    np.testing.assert_allclose(found[1], moved(0.9), rtol=1e-4)
+
+
+# --- rates by path ----------------------------------------------------------------------
+
+
+def angles(tx, params, steps=1):
+    before, state = params, tx.init(params)
+    for _ in range(steps):
+        before = params
+        g = tree_like(params, 3)
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    groups = so.sphere_metrics(before, params, GROUPS)
+    chord = {path: np.tan(np.asarray(each.step_angle)) for path, each in groups.items()}
+    return chord, params
+
+
+def tree_like(params, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+
+
+RATED = {
+    "hyperball": lambda rate: so.hyperball(
+        so.project_radial(GROUPS), rate, groups=GROUPS, other_learning_rate=0.5
+    ),
+    "adamh": lambda rate: so.adamh(rate, groups=GROUPS, other_learning_rate=0.5),
+}
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_rates_by_path(name):
+    rules = {"conv": 0.01, "dense0": optax.linear_schedule(0.2, 0.0, 4), ".*": 0.1}
+    params, make = params_of(), RATED[name]
+    apart = {path: angles(make(rate), params)[1] for path, rate in rules.items() if path != ".*"}
+    both, end = angles(make(rules), params)
+    rest = angles(make(0.1), params)[1]
+    for module, one in (("conv", apart["conv"]), ("dense0", apart["dense0"]), ("dense1", rest)):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), end[module], one[module]
+        )
+    jax.tree.map(np.testing.assert_array_equal, end["norm"], rest["norm"])
+    if name == "hyperball":  # of tangent directions the rate is the tangent of the angle
+        np.testing.assert_allclose(both["conv/kernel"], 0.01, rtol=1e-3)
+        np.testing.assert_allclose(both["dense0/kernel"], 0.2, rtol=1e-3)
+        later, _ = angles(make(rules), params, steps=3)
+        np.testing.assert_allclose(later["dense0/kernel"], 0.1, rtol=1e-3)
+
+
+def test_rates_that_do_not_fit_are_named():
+    params = params_of()
+    for rules, message in (
+        ({}, "adamh: expected at least one rule for learning_rate"),
+        ({"[": 0.1}, "adamh: expected regular expressions as keys of learning_rate"),
+        ({"": -0.1}, r"adamh: expected learning_rate in \[0, inf\), found -0.1"),
+        ({"conv": 0.1}, "adamh: expected a rule for the learning_rate of dense0/bias, found none"),
+        ({"": 0.1, "conv": 0.2}, r"adamh: expected each rule for learning_rate .* \['conv'\]"),
+        ({"kernel": 0.1, "": 0.2}, "one learning_rate for the joint label 'dense0', found 0.2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            so.adamh(rules, groups=GROUPS, other_learning_rate=0.1).init(params)

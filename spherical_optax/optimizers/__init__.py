@@ -6,6 +6,7 @@ required: a spherical optimizer without groups is just Adam or momentum SGD.
 
 from spherical_optax.optimizers._adamp import adamp, sgdp
 from spherical_optax.optimizers._decoupled import adamsrtw, adamsw
+from spherical_optax.optimizers._direction import direction
 from spherical_optax.optimizers._fixed_radius import (
     hyperball,
     rotational,
@@ -25,6 +26,7 @@ __all__ = [
     "adamsrt",
     "adamsrtw",
     "adamsw",
+    "direction",
     "hyperball",
     "muonh",
     "rotational",

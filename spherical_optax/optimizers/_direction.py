@@ -2,12 +2,44 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from spherical_optax import _trees
+from spherical_optax._checks import check_transformation
 from spherical_optax._trial import Trial, trials
 from spherical_optax.transforms._units import Unit
+
+
+class Direction(optax.GradientTransformationExtraArgs):
+    """A transformation of which it was said that it gives a direction."""
+
+
+def direction(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Says that a transformation gives a direction, for `hyperball` and `rotational`.
+
+    They try `inner` at `init`, and refuse a whole optimizer, whose updates point against the
+    gradients already: groups would climb. This leaves the trial out, for a transformation that
+    cannot be tried, as it needs arguments that only your program has.
+
+    Args:
+      tx: A `scale_by_*`, `optax.trace`, or a chain of such.
+
+    Returns:
+      The same transformation.
+
+    Raises:
+      TypeError: If this is no transformation.
+
+    Examples:
+      >>> import optax
+      >>> import spherical_optax as so
+      >>> tx = so.hyperball(so.direction(optax.scale_by_adam()), 0.1, groups=so.per_layer())
+    """
+    check_transformation("direction", tx, "tx")
+    return Direction(*optax.with_extra_args_support(tx))
+
 
 STEPS = 3  # the first of a warm-up has length 0
 
@@ -17,19 +49,29 @@ def check_direction(
 ) -> None:
     """Raises a `ValueError` if the updates of a transformation point against the gradients.
 
-    One that cannot be tried passes.
+    One whose hyperparameters are traced passes, as they do everywhere.
     """
-    for run in trials(inner, params, units, STEPS, same=True):
-        opposed = _opposed(run)
-        if opposed is not None:
-            path = _trees.visible_leaves(params)[opposed].path
-            raise ValueError(
-                f"{who}: expected inner to give a direction, found that its update of "
-                f"{path or 'the parameters'} points against the gradient, as that "
-                f"of a whole optimizer: groups would climb. Pass the scale_by_* that it is made "
-                f"of, optax.scale_by_adam() for optax.adam(...); {who} has the learning rate."
-            )
+    if isinstance(inner, Direction):
         return
+    try:
+        run = next(trials(inner, params, units, STEPS, same=True))
+    except Exception as error:
+        raise ValueError(
+            f"{who}: expected inner to give a direction, which is tried on small arrays, found "
+            f"that it cannot be tried: {type(error).__name__}: {error}. If it is a scale_by_* or "
+            "the like, and no whole optimizer, say so: inner=so.direction(inner)."
+        ) from error
+    if any(isinstance(each, jax.core.Tracer) for each in jax.tree.leaves(run)):
+        return
+    opposed = _opposed(run)
+    if opposed is not None:
+        path = _trees.visible_leaves(params)[opposed].path
+        raise ValueError(
+            f"{who}: expected inner to give a direction, found that its update of "
+            f"{path or 'the parameters'} points against the gradient, as that of a whole "
+            "optimizer: groups would climb. Pass the scale_by_* that it is made of, "
+            f"optax.scale_by_adam() for optax.adam(...); {who} has the learning rate."
+        )
 
 
 def _opposed(run: list[Trial]) -> int | None:

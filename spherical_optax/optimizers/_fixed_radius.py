@@ -16,6 +16,7 @@ from spherical_optax.optimizers._at_init import (
     require_spheres,
 )
 from spherical_optax.optimizers._parts import (
+    Rates,
     decayed_weights,
     elsewhere_only,
     in_groups_only,
@@ -28,7 +29,7 @@ from spherical_optax.transforms._radius import Radius
 
 def hyperball(
     inner: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rates,
     *,
     groups: Groups,
     other_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -49,7 +50,9 @@ def hyperball(
     Args:
       inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
         a whole optimizer, whose update has its sign turned already.
-      learning_rate: A number or a schedule: the length of a step relative to the radius.
+      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
+        dictionary from regular expressions on paths to these, of which the first found
+        (`re.search`) decides. Rates and scales inside of `inner` cancel in groups.
       groups: See the module `spherical_optax.groups`.
       other_learning_rate: That of leaves without a group, which take inner's update as it
         is; a number or a schedule. Where there are such leaves it has to be given, as an angle
@@ -85,7 +88,7 @@ def hyperball(
 def hyperball_as(
     who: str,
     inner: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rates,
     groups: Groups,
     other_learning_rate: optax.ScalarOrSchedule | None,
     radius: Radius | Literal["initial"] = "initial",

@@ -10,10 +10,11 @@ from spherical_optax import _trees
 from spherical_optax._checks import check_number
 from spherical_optax.groups import Groups, RadialGroup, radial_units
 from spherical_optax.optimizers._fixed_radius import hyperball_as
+from spherical_optax.optimizers._parts import Rates
 
 
 def adamh(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rates,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -33,7 +34,8 @@ def adamh(
     is fixed; other leaves follow Adam, without decay.
 
     Args:
-      learning_rate: A number or a schedule: the length of a step relative to the radius.
+      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
+        dictionary from regular expressions on paths to these, as in `hyperball`.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
@@ -69,7 +71,7 @@ def adamh(
 
 
 def muonh(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rates,
     momentum: jax.typing.ArrayLike = 0.95,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -92,7 +94,8 @@ def muonh(
     groups are rows or columns, Muon's matrix is the leaf.
 
     Args:
-      learning_rate: A number or a schedule: the length of a step relative to the radius.
+      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
+        dictionary from regular expressions on paths to these, as in `hyperball`.
       momentum: Decay rate of Muon's momentum, in [0, 1).
       b1: Decay rate of Adam's first moment, in [0, 1).
       b2: Decay rate of Adam's second moment, in [0, 1).

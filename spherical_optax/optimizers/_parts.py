@@ -1,16 +1,22 @@
 """Parts that the chains share: weight decay, and learning rates in and out of groups."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import optax
 
+from spherical_optax import _trees
 from spherical_optax._checks import check_learning_rate, check_number
 from spherical_optax._masks import Mask, checked, in_groups
-from spherical_optax.groups import Groups
+from spherical_optax.groups import Groups, radial_units
 from spherical_optax.transforms._lift import Lifted, chain, lift
 from spherical_optax.transforms._pair import pair
+from spherical_optax.transforms._radius import by_rule, check_rules, check_used
 from spherical_optax.transforms._span import Step, shared
+
+Rates: TypeAlias = optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule]
+"""A number or a schedule, or a dictionary from regular expressions on paths to these."""
 
 
 def decays(weight_decay: Any) -> bool:
@@ -28,11 +34,13 @@ def decayed_weights(who: str, weight_decay: Any, mask: Mask) -> optax.GradientTr
 
 def learning_rates(
     who: str,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: Rates,
     other_learning_rate: optax.ScalarOrSchedule | None,
     groups: Groups,
 ) -> optax.GradientTransformation:
     """Scales by minus the learning rate, and by minus another on leaves without a group."""
+    if isinstance(learning_rate, Mapping):
+        return _rates_by_path(who, learning_rate, other_learning_rate, groups)
     check_learning_rate(who, learning_rate)
     if other_learning_rate is None:
         return everywhere(optax.scale_by_learning_rate(learning_rate), groups)
@@ -42,6 +50,39 @@ def learning_rates(
         elsewhere_only(optax.scale_by_learning_rate(other_learning_rate), groups),
     )
     return lift(chain(*parts).step, alone=optax.chain(*parts))
+
+
+def _rates_by_path(
+    who: str,
+    rules: Mapping[str, optax.ScalarOrSchedule],
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    groups: Groups,
+) -> optax.GradientTransformation:
+    """Scales each group by the rate of the first rule that is found in its path."""
+    check_rules(who, "learning_rate", rules)
+    for rate in rules.values():
+        check_learning_rate(who, rate)
+    other: Any = 0.0 if other_learning_rate is None else other_learning_rate
+    check_learning_rate(who, other, "other_learning_rate")
+    rates = {rule: optax.scale_by_learning_rate(rate) for rule, rate in rules.items()}
+
+    def labels(tree: Any) -> Any:
+        units = radial_units(groups, tree)
+        said: dict[int, Any] = {}
+        for unit, rule in zip(
+            units, by_rule(who, "learning_rate", rules, units, tree), strict=True
+        ):
+            said |= dict.fromkeys(unit, rule)
+        boxes, treedef = _trees.flatten_boxes(tree)
+        return treedef.unflatten([said.get(i, "") for i in range(len(boxes))])
+
+    tx = optax.partition({**rates, "": optax.scale_by_learning_rate(other)}, labels)
+
+    def init(params: optax.Params) -> optax.OptState:
+        check_used(who, "learning_rate", rules, radial_units(groups, params), params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
 
 
 def everywhere(tx: optax.GradientTransformation, groups: Groups) -> Lifted:

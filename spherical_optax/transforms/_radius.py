@@ -23,18 +23,10 @@ these, of which the first found in a leaf's path decides."""
 def check_radius(who: str, radius: Any, words: tuple[str, ...] = ("sqrt(d)",)) -> None:
     """Raises unless this is a radius, or one of the words that stand for one."""
     if isinstance(radius, Mapping):
-        if not radius:
-            raise ValueError(f"{who}: expected at least one rule for radius, found none.")
+        check_rules(who, "radius", radius)
         for pattern, each in radius.items():
             if isinstance(each, Mapping):
                 raise TypeError(f"{who}: expected a radius for rule {pattern!r}, found {each!r}.")
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"{who}: expected regular expressions as keys of radius, found {pattern!r}: "
-                    f"{error}."
-                ) from None
             check_radius(who, each)
     elif isinstance(radius, str):
         if radius not in words:
@@ -60,43 +52,76 @@ def radii_of(who: str, radius: Any, units: list[Unit], params: Any) -> list[Any]
       ValueError: If a rule is missing for a unit, or matches none, or joint leaves disagree.
     """
     leaves = _trees.visible_leaves(params)
-    said = {i: radius for unit in units for i in unit}
+    said: list[Any] = [radius] * len(units)
     if isinstance(radius, Mapping) and leaves:
-        said = _by_rule(who, radius, {i: leaves[i].path for i in said})
+        check_used(who, "radius", radius, units, params)
+        said = [radius[pattern] for pattern in by_rule(who, "radius", radius, units, params)]
+    sizes = [group_size(unit, {i: leaves[i].value for i in unit}) for unit in units]
+    return [
+        math.sqrt(size) if isinstance(each, str) else each
+        for each, size in zip(said, sizes, strict=True)
+    ]
+
+
+def check_rules(who: str, what: str, rules: Mapping[str, Any]) -> None:
+    """Raises unless there are rules, and their keys are regular expressions."""
+    if not rules:
+        raise ValueError(f"{who}: expected at least one rule for {what}, found none.")
+    for pattern in rules:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{who}: expected regular expressions as keys of {what}, found {pattern!r}: "
+                f"{error}."
+            ) from None
+
+
+def by_rule(
+    who: str, what: str, rules: Mapping[str, Any], units: list[Unit], params: Any
+) -> list[str]:
+    """The rule that decides for each unit: the first found in its leaves' paths.
+
+    Raises:
+      ValueError: If a rule is missing for a unit, or matches none, or joint leaves disagree.
+    """
+    leaves = _trees.visible_leaves(params)
     found = []
     for unit in units:
+        said: dict[int, str] = {}
+        for i in unit:
+            matching = [pattern for pattern in rules if re.search(pattern, leaves[i].path)]
+            if not matching:
+                raise ValueError(
+                    f"{who}: expected a rule for the {what} of {leaves[i].path}, found none among "
+                    f'{list(rules)}; add ".*" as the last one, for all others.'
+                )
+            said[i] = matching[0]
         first, *others = unit
         for i in others:
-            if said[i] != said[first]:
+            values = rules[said[i]], rules[said[first]]
+            if values[0] is not values[1] and values[0] != values[1]:
                 raise ValueError(
-                    f"{who}: expected one radius for the joint label {unit[i].joint!r}, found "
-                    f"{said[first]!r} for {leaves[first].path} and {said[i]!r} for "
+                    f"{who}: expected one {what} for the joint label {unit[i].joint!r}, found "
+                    f"{values[1]!r} for {leaves[first].path} and {values[0]!r} for "
                     f"{leaves[i].path}."
                 )
-        size = group_size(unit, {i: leaves[i].value for i in unit})
-        found.append(math.sqrt(size) if isinstance(said[first], str) else said[first])
+        found.append(said[first])
     return found
 
 
-def _by_rule(who: str, rules: ByRule, paths: dict[int, str]) -> dict[int, Any]:
-    said: dict[int, Any] = {}
-    used = set()
-    for i, path in paths.items():
-        matching = [pattern for pattern in rules if re.search(pattern, path)]
-        if not matching:
-            raise ValueError(
-                f"{who}: expected a rule for the radius of {path}, found none among "
-                f'{list(rules)}; add ".*" as the last one, for all others.'
-            )
-        said[i] = rules[matching[0]]
-        used.add(matching[0])
-    unused = [pattern for pattern in rules if pattern not in used]
-    if unused:
+def check_used(
+    who: str, what: str, rules: Mapping[str, Any], units: list[Unit], params: Any
+) -> None:
+    """Raises a `ValueError` if a rule decides for no leaf with a group."""
+    leaves = _trees.visible_leaves(params)
+    paths = [leaves[i].path for unit in units for i in unit]
+    used = {next((r for r in rules if re.search(r, path)), None) for path in paths}
+    if unused := [pattern for pattern in rules if pattern not in used]:
         raise ValueError(
-            f"{who}: expected each rule for radius to decide for a leaf with a group, found "
-            f"{unused}, which decide for none of {list(paths.values())}."
+            f"{who}: expected each rule for {what} to decide for a leaf with a group, found "
+            f"{unused}, which decide for none of {paths}."
         )
-    return said
 
 
 def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
