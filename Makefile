@@ -68,9 +68,10 @@ build: .venv-release/installed
 	.venv-release/bin/python -m twine check --strict dist/*
 	.venv-release/bin/python .ci/check_dist.py
 
-# What is written is executed: the pages' programs by the tests, the tutorials in the build.
+# What is written is executed: the pages' programs by the tests, the tutorials in the build. Tests
+# of Haiku and Keras run here, where these are installed.
 docs: .venv-docs/installed
-	.venv-docs/bin/python -m pytest -n 2 tests/test_documents.py
+	.venv-docs/bin/python -m pytest -n 2 tests/test_documents.py tests/test_transposed.py tests/test_half_precision.py
 	PATH=$(CURDIR)/.venv-docs/bin:$$PATH JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 # What a user's editor says of a program of theirs, and how much of the public names has a type.

@@ -44,6 +44,10 @@ def transport(inner):
     return factory
 
 
+def direction(decay, groups):
+    return so.direction(so.transported_trace(decay, groups=groups))
+
+
 def project_if_tangent(decay, delta, weight_decay, groups):
     inner = optax.trace(decay)
     return so.project_if_tangent(inner, groups, delta=delta, weight_decay=weight_decay)
@@ -100,6 +104,7 @@ TABLE = {
     "scale_by_adams": Entry(so.scale_by_adams, {"b1": 0.8, "b2": 0.9, "eps": 1e-6}),
     "scale_by_adamsrt": Entry(so.scale_by_adamsrt, {"b1": 0.8, "b2": 0.9, "eps": 1e-6}),
     "transported_trace": Entry(so.transported_trace, {"decay": 0.8}),
+    "direction": Entry(direction, {"decay": 0.8}),
     "transport_moments(trace)": Entry(transport(optax.trace), {"decay": 0.8}),
     "transport_moments(scale_by_adam)": Entry(transport(optax.scale_by_adam), {"decay": 0.8}),
     "transport_moments(chain)": Entry(

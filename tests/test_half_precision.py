@@ -97,11 +97,12 @@ def test_keras_under_a_mixed_policy(policy, monkeypatch):
             layers.Dense(5, name="head", dtype=policy),
         ]
     )
+    names = [v.path for v in model.trainable_variables]
     params = {v.path: v.value for v in model.trainable_variables}
     rest = [v.value for v in model.non_trainable_variables]
 
     def fn(params, x):
-        return model.stateless_call(list(params.values()), rest, x, training=True)[0]
+        return model.stateless_call([params[name] for name in names], rest, x, training=True)[0]
 
     found = so.find_radial_groups(fn, params, X)
     right = so.groups_by_path({"conv/kernel": so.per_filter()})
