@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from layouts import CASES, JOINT, tree_of
 from trajectory import run
 
@@ -334,6 +337,43 @@ def test_a_group_of_length_zero_stays_so_and_is_not_silent(radius):
         updates, state = tx.update(g, state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(params["out"][:, 1], 0)
+
+
+def in_a_mesh(kind):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(kind,))
+    return lambda init: jax.shard_map(init, mesh=mesh, in_specs=P(), out_specs=P())
+
+
+TRACED = {
+    "jit": jax.jit,
+    "vmap": lambda init: jax.vmap(init),
+    "scan": lambda init: lambda x: jax.lax.scan(lambda c, x: (c, init(x)), 0, x)[1],
+    "shard_map": lambda init: jax.jit(in_a_mesh(AxisType.Auto)(init)),
+}
+
+
+@pytest.mark.parametrize("how", TRACED)
+def test_a_traced_init_is_not_silent(how):
+    tx = so.adamh(0.1, groups=so.per_filter())
+    params = {"out": jnp.ones((3, 2)).at[:, 1].set(0)}
+    if how in ("vmap", "scan"):
+        params = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    with pytest.warns(UserWarning, match=r"found 0 in out \(1 of 2\): .* never move"):
+        finish(TRACED[how](tx.init), params)
+
+
+def test_an_update_can_be_exported_and_an_init_that_warns_cannot():
+    tx = so.adamh(0.1, groups=so.per_filter())
+    params = {"out": jnp.ones((3, 2))}
+    exported = export.export(jax.jit(tx.update))(params, tx.init(params), params)
+    updates, _ = exported.call(params, tx.init(params), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        updates,
+        tx.update(params, tx.init(params), params)[0],
+    )
+    with pytest.raises(NotImplementedError, match="host_callbacks"):
+        export.export(jax.jit(tx.init))(params).serialize()
 
 
 def test_a_padded_state_takes_the_lengths_of_new_rows(x64):
