@@ -1,0 +1,148 @@
+"""The forms that a `groups` argument may have, and what it says of each leaf."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+from spherical_optax import _trees
+from spherical_optax.groups._group import (
+    RadialGroup,
+    is_group,
+    per_channel_block,
+    per_filter,
+    per_head,
+    per_layer,
+)
+from spherical_optax.groups._rules import PathRules
+
+
+class Finding(NamedTuple):
+    """What `find_radial_groups` measured for one leaf.
+
+    Attributes:
+      path: The leaf's path.
+      tried: Each candidate tried, in words, and the deviation measured for it: 0 for
+        groups that are exactly invariant, of order 1 for groups that are not.
+      verdict: What follows, in words.
+    """
+
+    path: str
+    tried: tuple[tuple[str, float], ...]
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundGroups:
+    """Groups with the evidence for them; accepted wherever `groups` is.
+
+    Attributes:
+      groups: A tree like the parameters, of `RadialGroup` and `None`.
+      findings: One `Finding` per leaf, in the tree's order.
+      invariant_up_to: The largest deviation of a group found, 0 if none was.
+      others_from: The smallest deviation of a candidate turned down; infinite if none was.
+      forward_passes: What it cost, a gradient counted as three forward passes.
+      varied: The constant arguments of the function that were varied, in words.
+    """
+
+    groups: Any
+    findings: tuple[Finding, ...]
+    invariant_up_to: float
+    others_from: float
+    forward_passes: int
+    varied: tuple[str, ...] = ()
+
+
+class _Dataclass(Protocol):
+    """A tree that is a dataclass, such as an Equinox module."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Groups: TypeAlias = (
+    RadialGroup
+    | bool
+    | PathRules
+    | FoundGroups
+    | Mapping[Any, Any]
+    | list[Any]
+    | tuple[Any, ...]
+    | _Dataclass
+    | Callable[[Any], Any]
+    | None
+)
+"""Any of the forms that the docstring of `spherical_optax.groups` lists."""
+
+_HELPERS = (RadialGroup, per_filter, per_layer, per_channel_block, per_head)
+
+
+def rules_or_tree(groups: Any, tree: Any) -> Any:
+    """Rules, or a tree of groups."""
+    for helper in _HELPERS:
+        if groups is helper:
+            raise TypeError(
+                f"groups: expected a group, found a function; call {helper.__name__}(...)."
+            )
+    if hasattr(groups, "init") and hasattr(groups, "update"):
+        raise TypeError(
+            "groups: expected groups, found a gradient transformation; compose transformations "
+            "with optax.chain, and give each its groups, such as per_filter()."
+        )
+    # What jax.tree looks into is a tree, be it a module that can be called.
+    is_tree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(groups))
+    if callable(groups) and (not is_tree or isinstance(groups, jax.tree_util.Partial)):
+        groups = groups(tree)
+    if groups is None:
+        raise ValueError(
+            "groups: expected a group for some of the leaves, found None for all of them: the "
+            "optimizer would be one without groups. optax.inject_hyperparams takes a function of "
+            'groups for a schedule and calls it with a step: name it in static_args=("groups",), '
+            "or pass the rules of groups_by_path."
+        )
+    return groups.groups if isinstance(groups, FoundGroups) else groups
+
+
+def by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
+    """What a tree of groups, or a prefix of one, says of each leaf."""
+    given = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(groups)}
+    for keys, group in given.items():
+        if not is_group(group):
+            raise TypeError(
+                f"groups: expected a RadialGroup, None, True or False at "
+                f"{'/'.join(keys) or 'the root'}, found {group!r} of type "
+                f"{type(group).__name__}."
+            )
+        if isinstance(group, RadialGroup) and "\\" in (group.joint or ""):
+            raise ValueError(
+                f"groups: expected a plain joint label at {'/'.join(keys) or 'the root'}, found "
+                f"{group.joint!r}; references to a match are for the rules of groups_by_path."
+            )
+    result: list[RadialGroup | bool | None] = []
+    used = set()
+    for leaf in leaves:
+        prefix = next(
+            (leaf.keys[:n] for n in range(len(leaf.keys) + 1) if leaf.keys[:n] in given), None
+        )
+        if prefix is not None:
+            used.add(prefix)
+            result.append(given[prefix])
+            continue
+        if leaf.value is None or leaf.hidden:  # groups may reach below what is absent here
+            used |= {keys for keys in given if keys[: len(leaf.keys)] == leaf.keys}
+            result.append(None)
+            continue
+        raise ValueError(
+            f"groups: expected a pytree prefix of the parameters, found nothing for "
+            f"{leaf.path} of shape {np.shape(leaf.value)}; put None there for a leaf "
+            f"without a group. groups names {['/'.join(keys) for keys in given]}; regular "
+            "expressions go through groups_by_path."
+        )
+    unknown = ["/".join(keys) for keys in given if keys not in used]
+    if unknown:
+        raise ValueError(
+            f"groups: expected a pytree prefix of the parameters, found {unknown}, which "
+            f"no parameter has. The paths are {[leaf.path for leaf in leaves]}."
+        )
+    return result

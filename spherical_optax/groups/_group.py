@@ -1,0 +1,195 @@
+"""How one parameter array splits into groups."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class RadialGroup:
+    """How one parameter array splits into radially invariant groups.
+
+    Entries that agree on the index axes form one group; sums run over all other
+    axes. Per-group quantities have the index axes' sizes as their shape, in array
+    order: `(cout,)` for the default on a kernel `(h, w, cin, cout)`.
+
+    Args:
+      index_axes: The axes that index the groups. `(-1,)` is one group per output
+        channel of a Flax kernel, `()` the whole array.
+      num_blocks: Splits the last index axis into this many contiguous blocks, one
+        group each (GroupNorm). Must divide that axis.
+      joint: Leaves with the same label, and the same number of groups, form one
+        group together (a kernel and its bias before LayerNorm).
+
+    Raises:
+      TypeError: If an argument has the wrong type.
+      ValueError: If an axis is repeated, or `num_blocks` is below one or has no
+        axis to split.
+
+    Examples:
+      >>> from spherical_optax import RadialGroup
+      >>> RadialGroup(index_axes=(0,)).shape((8, 5))
+      (8,)
+      >>> RadialGroup(num_blocks=4).shape((3, 3, 16, 32))
+      (4,)
+    """
+
+    index_axes: tuple[int, ...] = (-1,)
+    num_blocks: int | None = None
+    joint: str | None = None
+
+    def __post_init__(self) -> None:
+        axes = self.index_axes
+        if isinstance(axes, str) or not isinstance(axes, Iterable):
+            raise TypeError(
+                f"RadialGroup: expected index_axes as a tuple of ints, found {axes!r}; "
+                "write (-1,) for one axis and () for the whole array."
+            )
+        axes = tuple(_index("index_axes", axis) for axis in axes)
+        if len(set(axes)) < len(axes):
+            raise ValueError(f"RadialGroup: index_axes repeats an axis: {axes!r}.")
+        if self.num_blocks is not None:
+            object.__setattr__(self, "num_blocks", _index("num_blocks", self.num_blocks))
+            if self.num_blocks < 1:
+                raise ValueError(
+                    f"RadialGroup: expected num_blocks of at least 1, found {self.num_blocks}."
+                )
+            if not axes:
+                raise ValueError(
+                    "RadialGroup: num_blocks splits the last index axis, and index_axes is "
+                    "empty; name the axis, for example index_axes=(-1,)."
+                )
+        if self.joint is not None and not isinstance(self.joint, str):
+            raise TypeError(f"RadialGroup: expected joint as a string, found {self.joint!r}.")
+        if self.joint is not None and not (self.joint and self.joint.isprintable()):
+            raise ValueError(
+                f"RadialGroup: expected a printable label joint, found {self.joint!r}; the "
+                r'first parenthesis of a rule is written as a raw string, r"\1".'
+            )
+        object.__setattr__(self, "index_axes", axes)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """The index axes of an array of rank `ndim`, non-negative and ascending.
+
+        Raises:
+          ValueError: If an axis is out of range, or named twice (as 1 and as -1).
+        """
+        for axis in self.index_axes:
+            if not -ndim <= axis < ndim:
+                raise ValueError(
+                    f"expected index_axes within an array of {ndim} axes, found {self.index_axes}"
+                )
+        axes = tuple(sorted(axis % ndim for axis in self.index_axes))
+        if len(set(axes)) < len(axes):
+            raise ValueError(
+                f"expected distinct index_axes, found {self.index_axes}, "
+                f"which repeats an axis of an array of {ndim} axes"
+            )
+        return axes
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of per-group quantities for an array of the given shape.
+
+        Raises:
+          ValueError: If the axes do not fit, or `num_blocks` does not divide.
+        """
+        sizes = [shape[axis] for axis in self.axes(len(shape))]
+        if self.num_blocks is not None:
+            if sizes[-1] % self.num_blocks:
+                raise ValueError(
+                    f"expected num_blocks to divide the last index axis of size {sizes[-1]}, "
+                    f"found num_blocks={self.num_blocks}"
+                )
+            sizes[-1] = self.num_blocks
+        return tuple(sizes)
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"RadialGroup: expected integer {name}, found {value!r}.") from None
+
+
+def per_filter(*, axis: int = -1) -> RadialGroup:
+    """One group per output channel (BatchNorm).
+
+    Args:
+      axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
+        PyTorch kernel `(out, in, ...)`.
+
+    Examples:
+      >>> from spherical_optax import per_filter
+      >>> per_filter().shape((3, 3, 16, 32))
+      (32,)
+      >>> per_filter(axis=0).shape((32, 16, 3, 3))
+      (32,)
+    """
+    return RadialGroup(index_axes=(axis,))
+
+
+def per_layer(joint: str | None = None) -> RadialGroup:
+    """The whole array as one group (LayerNorm, RMSNorm).
+
+    Args:
+      joint: Label shared with the leaves that belong to the same group.
+
+    Examples:
+      >>> from spherical_optax import per_layer
+      >>> per_layer().shape((16, 32))
+      ()
+    """
+    return RadialGroup(index_axes=(), joint=joint)
+
+
+def per_channel_block(n: int, joint: str | None = None, *, axis: int = -1) -> RadialGroup:
+    """`n` contiguous blocks of output channels, one group each (GroupNorm).
+
+    Args:
+      n: Number of blocks; must divide the number of output channels.
+      joint: Label shared with the leaves that belong to the same groups.
+      axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
+        PyTorch kernel `(out, in, ...)` and of its bias.
+
+    Examples:
+      >>> from spherical_optax import per_channel_block
+      >>> per_channel_block(4).shape((3, 3, 16, 32))
+      (4,)
+      >>> per_channel_block(4, axis=0).shape((32, 16, 3, 3))
+      (4,)
+    """
+    return RadialGroup(index_axes=(axis,), num_blocks=n, joint=joint)
+
+
+def per_head(axis: int, joint: str | None = None) -> RadialGroup:
+    """One group per attention head, for a norm over each head (QK-norm).
+
+    Args:
+      axis: The axis that indexes the heads: -2 for a kernel `(d, heads, k)` and for its
+        bias `(heads, k)`.
+      joint: Label shared with the leaves that belong to the same groups.
+
+    Examples:
+      >>> from spherical_optax import per_head
+      >>> per_head(axis=-2).shape((512, 8, 64))
+      (8,)
+    """
+    return RadialGroup(index_axes=(axis,), joint=joint)
+
+
+def is_group(value: Any) -> bool:
+    return value is None or isinstance(value, RadialGroup | bool | np.bool_)
+
+
+def group_size(unit: Mapping[int, RadialGroup], leaves: Any) -> int:
+    """Entries per group, all leaves of the unit together; leaves by their number."""
+    return sum(
+        math.prod(leaves[i].shape) // max(1, math.prod(group.shape(leaves[i].shape)))
+        for i, group in unit.items()
+    )

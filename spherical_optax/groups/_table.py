@@ -1,0 +1,73 @@
+"""What was selected, as a table."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from spherical_optax import _complex, _trees
+from spherical_optax.groups._forms import Finding, FoundGroups, Groups
+from spherical_optax.groups._group import group_size
+from spherical_optax.groups._resolve import radial_units
+from spherical_optax.groups._windows import warn_of_windows
+
+
+def describe_groups(params: Any, groups: Groups) -> str:
+    """A table of the groups: path, shape, number of groups, entries per group, label.
+
+    Args:
+      params: The parameters.
+      groups: See the module `spherical_optax.groups`.
+
+    Returns:
+      One line per leaf that is not `None`, two for a complex one. Entries count all leaves of a
+      joint group together; a dash stands for a leaf without a group. For what
+      `find_radial_groups(..., explain=True)` returns, also the verdict on each leaf and
+      the deviations measured.
+
+    Raises:
+      TypeError, ValueError: If `groups` does not fit `params`.
+
+    Warns:
+      UserWarning: If groups on the last axis look like columns of a convolution's window,
+        as in a kernel `(out, in, h, w)`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spherical_optax import describe_groups
+      >>> print(describe_groups({"kernel": jnp.ones((5, 8))}, {"kernel": True}))
+      path    shape   groups  entries per group  label
+      kernel  (5, 8)  8       5                  -
+    """
+    params = _complex.split(params)
+    units, leaves = radial_units(groups, params), _trees.visible_leaves(params)
+    warn_of_windows(units, params)
+    rows = [[leaf.path, str(np.shape(leaf.value)), "-", "-", "-"] for leaf in leaves]
+    for unit in units:
+        values = {i: leaves[i].value for i in unit}
+        for i, group in unit.items():
+            count = math.prod(group.shape(values[i].shape))
+            rows[i][2:] = [str(count), str(group_size(unit, values)), group.joint or "-"]
+    rows = [row for row, leaf in zip(rows, leaves, strict=True) if leaf.value is not None]
+    header = ["path", "shape", "groups", "entries per group", "label"]
+    if not isinstance(groups, FoundGroups):
+        return _table([header, *rows])
+    header += ["verdict", "deviations"]
+    findings = {finding.path: finding for finding in groups.findings}
+    for row in rows:
+        finding = findings.get(row[0], Finding(row[0], (), "-"))
+        tried = ", ".join(f"{name} {deviation:.0e}" for name, deviation in finding.tried)
+        row += [finding.verdict, tried or "-"]
+    return (
+        f"{_table([header, *rows])}\ninvariant up to {groups.invariant_up_to:.0e}, others from "
+        f"{groups.others_from:.0e}; {groups.forward_passes} forward passes"
+        + "".join(f"\nvaried, being constant: {each}" for each in groups.varied)
+    )
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
