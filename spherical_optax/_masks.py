@@ -27,40 +27,24 @@ def in_mask(who: str, mask: Mask, tree: Any) -> list[bool]:
     nodes = jax.tree.leaves(mask)
     if nodes and all(callable(node) for node in nodes):  # a module may be callable: its leaves not
         mask = mask(tree)
-    given = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(mask)}
-    if isinstance(given.get(()), bool | np.bool_) and leaves[0].keys:
+    entries = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(mask)}
+    if isinstance(entries.get(()), bool | np.bool_) and leaves[0].keys:
         raise ValueError(
-            f"{who}: expected mask to be a tree of booleans or a function, found {given[()]} for "
+            f"{who}: expected mask to be a tree of booleans or a function, found {entries[()]} for "
             "all parameters. For all of them leave mask out, for none set weight_decay=0; under "
             "optax.inject_hyperparams name mask in static_args, or it is called with a step."
         )
-    found, used = [], set()
-    for leaf in leaves:
-        above = [leaf.keys[:n] for n in range(len(leaf.keys) + 1) if leaf.keys[:n] in given]
-        used |= {*above[:1]}
-        if leaf.value is None or leaf.hidden:  # the mask may reach below what is absent here
-            used |= {keys for keys in given if keys[: len(leaf.keys)] == leaf.keys}
-            found += [False] * (not leaf.hidden)
-            continue
-        if not above:
-            raise ValueError(
-                f"{who}: expected mask to be a pytree prefix of the parameters, found nothing for "
-                f"{leaf.path} of shape {np.shape(leaf.value)}; put True or False there."
-            )
-        decision = given[above[0]]
-        if not isinstance(decision, bool | np.bool_):
+    flags = []
+    expected = f"{who}: expected mask to be a pytree prefix of the parameters"
+    for leaf, flag in _trees.by_prefix(entries, leaves, expected, "put True or False there"):
+        if not (leaf.absent or isinstance(flag, bool | np.bool_)):
             raise TypeError(
-                f"{who}: expected True or False in mask for {leaf.path}, found {decision!r} of "
-                f"type {type(decision).__name__}."
+                f"{who}: expected True or False in mask for {leaf.path}, found {flag!r} of type "
+                f"{type(flag).__name__}."
             )
-        found.append(bool(decision))
-    unknown = ["/".join(keys) for keys in given if keys not in used]
-    if unknown:
-        raise ValueError(
-            f"{who}: expected mask to be a pytree prefix of the parameters, found {unknown}, which "
-            f"no parameter has. The paths are {[leaf.path for leaf in leaves]}."
-        )
-    return found
+        if not leaf.hidden:
+            flags.append(not leaf.absent and bool(flag))
+    return flags
 
 
 def checked(who: str, mask: Mask) -> Callable[[Any], Any]:

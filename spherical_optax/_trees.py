@@ -1,8 +1,10 @@
 """Parameter trees as flat lists of leaves with readable paths."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 
@@ -29,6 +31,11 @@ class Leaf(NamedTuple):
     def hidden(self) -> bool:
         """Whether `optax.masked` hides this leaf or subtree."""
         return isinstance(self.value, optax.MaskedNode)
+
+    @property
+    def absent(self) -> bool:
+        """Whether there is no array: `None`, or hidden."""
+        return self.value is None or self.hidden
 
     @property
     def is_state(self) -> bool:
@@ -85,3 +92,42 @@ def _unboxed(box: Any) -> Any:
 def visible_leaves(tree: Any) -> list[Leaf]:
     """The leaves that `optax.masked` does not hide, numbered as in `flatten`."""
     return [leaf for leaf in leaves_with_paths(tree) if not leaf.hidden]
+
+
+def by_prefix(
+    entries: Mapping[tuple[str, ...], Any], leaves: list[Leaf], expected: str, remedy: str
+) -> Iterator[tuple[Leaf, Any]]:
+    """Each leaf with the entry that stands for it: that of the leaf itself, or of a node above.
+
+    Args:
+      entries: The entries of a pytree prefix of the parameters, by their keys.
+      leaves: The leaves of the parameters.
+      expected: What the prefix is, as an error begins.
+      remedy: What to do where a leaf has no entry, as that error ends.
+
+    Yields:
+      A leaf that is absent has `None` where no entry stands for it.
+
+    Raises:
+      ValueError: If a leaf has no entry; after the last leaf, if an entry has no leaf.
+    """
+    used = set()
+    for leaf in leaves:
+        above = (leaf.keys[:n] for n in range(len(leaf.keys) + 1))
+        keys = next((keys for keys in above if keys in entries), None)
+        if keys is not None:
+            used.add(keys)
+        elif leaf.absent:  # the prefix may reach below what is absent here
+            used |= {keys for keys in entries if keys[: len(leaf.keys)] == leaf.keys}
+        else:
+            raise ValueError(
+                f"{expected}, found nothing for {leaf.path} of shape {np.shape(leaf.value)}; "
+                f"{remedy}."
+            )
+        yield leaf, None if keys is None else entries[keys]
+    unknown = ["/".join(keys) for keys in entries if keys not in used]
+    if unknown:
+        raise ValueError(
+            f"{expected}, found {unknown}, which no parameter has. The paths are "
+            f"{[leaf.path for leaf in leaves]}."
+        )

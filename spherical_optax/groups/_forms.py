@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
-import numpy as np
 
 from spherical_optax import _trees
 from spherical_optax.groups._group import (
@@ -106,43 +105,24 @@ def rules_or_tree(groups: Any, tree: Any) -> Any:
 
 def by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
     """What a tree of groups, or a prefix of one, says of each leaf."""
-    given = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(groups)}
-    for keys, group in given.items():
+    entries = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(groups)}
+    for keys, group in entries.items():
+        where = "/".join(keys) or "the root"
         if not is_group(group):
             raise TypeError(
-                f"groups: expected a RadialGroup, None, True or False at "
-                f"{'/'.join(keys) or 'the root'}, found {group!r} of type "
-                f"{type(group).__name__}."
+                f"groups: expected a RadialGroup, None, True or False at {where}, found {group!r} "
+                f"of type {type(group).__name__}."
             )
         if isinstance(group, RadialGroup) and "\\" in (group.joint or ""):
             raise ValueError(
-                f"groups: expected a plain joint label at {'/'.join(keys) or 'the root'}, found "
-                f"{group.joint!r}; references to a match are for the rules of groups_by_path."
+                f"groups: expected a plain joint label at {where}, found {group.joint!r}; "
+                "references to a match are for the rules of groups_by_path."
             )
-    result: list[RadialGroup | bool | None] = []
-    used = set()
-    for leaf in leaves:
-        prefix = next(
-            (leaf.keys[:n] for n in range(len(leaf.keys) + 1) if leaf.keys[:n] in given), None
-        )
-        if prefix is not None:
-            used.add(prefix)
-            result.append(given[prefix])
-            continue
-        if leaf.value is None or leaf.hidden:  # groups may reach below what is absent here
-            used |= {keys for keys in given if keys[: len(leaf.keys)] == leaf.keys}
-            result.append(None)
-            continue
-        raise ValueError(
-            f"groups: expected a pytree prefix of the parameters, found nothing for "
-            f"{leaf.path} of shape {np.shape(leaf.value)}; put None there for a leaf "
-            f"without a group. groups names {['/'.join(keys) for keys in given]}; regular "
-            "expressions go through groups_by_path."
-        )
-    unknown = ["/".join(keys) for keys in given if keys not in used]
-    if unknown:
-        raise ValueError(
-            f"groups: expected a pytree prefix of the parameters, found {unknown}, which "
-            f"no parameter has. The paths are {[leaf.path for leaf in leaves]}."
-        )
-    return result
+    pairs = _trees.by_prefix(
+        entries,
+        leaves,
+        "groups: expected a pytree prefix of the parameters",
+        "put None there for a leaf without a group. groups names "
+        f"{['/'.join(keys) for keys in entries]}; regular expressions go through groups_by_path",
+    )
+    return [group for _, group in pairs]

@@ -59,7 +59,7 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
 def _check_parameter(leaf: _trees.Leaf, statistic: bool) -> None:
     """Raises for what a whole model holds besides its parameters."""
     value, dtype = leaf.value, getattr(leaf.value, "dtype", None)
-    if value is None or leaf.hidden or isinstance(value, numbers.Number):
+    if leaf.absent or isinstance(value, numbers.Number):
         return
     if isinstance(value, PathRules | FoundGroups | RadialGroup):
         raise TypeError(
@@ -88,7 +88,7 @@ def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup
     """The leaf's group, after checking that the leaf can have it."""
     if isinstance(group, bool | np.bool_):
         group = per_filter() if group else None
-    if group is None or leaf.value is None or leaf.hidden:
+    if group is None or leaf.absent:
         return None
     if not hasattr(leaf.value, "dtype"):
         raise TypeError(
