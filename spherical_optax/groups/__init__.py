@@ -28,7 +28,7 @@ from spherical_optax.groups._group import (
     per_layer,
 )
 from spherical_optax.groups._resolve import radial_units, units_at_init
-from spherical_optax.groups._rules import PathRules, groups_by_path
+from spherical_optax.groups._rules import PathRules, first_match, groups_by_path
 from spherical_optax.groups._table import describe_groups
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "PathRules",
     "RadialGroup",
     "describe_groups",
+    "first_match",
     "group_size",
     "groups_by_path",
     "per_channel_block",

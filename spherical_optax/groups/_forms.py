@@ -8,14 +8,15 @@ import jax
 
 from spherical_optax import _trees
 from spherical_optax.groups._group import (
+    Entry,
     RadialGroup,
-    is_group,
+    is_entry,
     per_channel_block,
     per_filter,
     per_head,
     per_layer,
 )
-from spherical_optax.groups._rules import PathRules
+from spherical_optax.groups._rules import PathRules, by_rules
 
 
 class Finding(NamedTuple):
@@ -77,7 +78,14 @@ Groups: TypeAlias = (
 _HELPERS = (RadialGroup, per_filter, per_layer, per_channel_block, per_head)
 
 
-def rules_or_tree(groups: Any, tree: Any) -> Any:
+def entries_of(groups: Groups, tree: Any, leaves: list[_trees.Leaf]) -> list[Entry]:
+    """What `groups` says of each leaf of a tree."""
+    rules_or_tree = _rules_or_tree(groups, tree)
+    by = by_rules if isinstance(rules_or_tree, PathRules) else _by_prefix
+    return by(rules_or_tree, leaves)
+
+
+def _rules_or_tree(groups: Any, tree: Any) -> Any:
     """Rules, or a tree of groups."""
     for helper in _HELPERS:
         if groups is helper:
@@ -103,12 +111,12 @@ def rules_or_tree(groups: Any, tree: Any) -> Any:
     return groups.groups if isinstance(groups, FoundGroups) else groups
 
 
-def by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
+def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[Entry]:
     """What a tree of groups, or a prefix of one, says of each leaf."""
     entries = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(groups)}
     for keys, group in entries.items():
         where = "/".join(keys) or "the root"
-        if not is_group(group):
+        if not is_entry(group):
             raise TypeError(
                 f"groups: expected a RadialGroup, None, True or False at {where}, found {group!r} "
                 f"of type {type(group).__name__}."

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -183,7 +183,12 @@ def per_head(axis: int, joint: str | None = None) -> RadialGroup:
     return RadialGroup(index_axes=(axis,), joint=joint)
 
 
-def is_group(value: Any) -> bool:
+Entry: TypeAlias = RadialGroup | bool | None
+"""What rules and trees hold: a group, `True` for `per_filter()`, `False` or `None` for none."""
+
+
+def is_entry(value: Any) -> bool:
+    """Whether rules and trees may hold this."""
     return value is None or isinstance(value, RadialGroup | bool | np.bool_)
 
 

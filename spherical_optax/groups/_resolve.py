@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _complex, _trees
-from spherical_optax.groups._forms import FoundGroups, Groups, by_prefix, rules_or_tree
-from spherical_optax.groups._group import RadialGroup, group_size, per_filter
-from spherical_optax.groups._rules import PathRules, by_rules
+from spherical_optax.groups._forms import FoundGroups, Groups, entries_of
+from spherical_optax.groups._group import Entry, RadialGroup, group_size, per_filter
+from spherical_optax.groups._rules import PathRules
 from spherical_optax.groups._windows import warn_of_windows
 
 
@@ -41,9 +41,7 @@ def radial_units(groups: Groups, tree: Any) -> list[dict[int, RadialGroup]]:
     statistics = {"params", "batch_stats"} <= {key for leaf in leaves for key in leaf.keys[:1]}
     for leaf in leaves:
         _check_parameter(leaf, statistics and leaf.keys[0] == "batch_stats")
-    given = rules_or_tree(groups, tree)
-    by = by_rules if isinstance(given, PathRules) else by_prefix
-    said = by(given, leaves)
+    said = entries_of(groups, tree, leaves)
     found = [_checked(leaf, group) for leaf, group in zip(leaves, said, strict=True)]
     pairs = _complex.pairs(tree) if any(leaf.keys[-1:] == ("real",) for leaf in leaves) else set()
     for n, (leaf, group) in enumerate(zip(leaves, found, strict=True)):
@@ -84,7 +82,7 @@ def _check_parameter(leaf: _trees.Leaf, statistic: bool) -> None:
     )
 
 
-def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup | None:
+def _checked(leaf: _trees.Leaf, group: Entry) -> RadialGroup | None:
     """The leaf's group, after checking that the leaf can have it."""
     if isinstance(group, bool | np.bool_):
         group = per_filter() if group else None
@@ -115,7 +113,7 @@ def _checked(leaf: _trees.Leaf, group: RadialGroup | bool | None) -> RadialGroup
 
 def _check_none_hidden(
     leaves: list[_trees.Leaf],
-    given: list[RadialGroup | bool | None],
+    given: list[Entry],
     found: list[RadialGroup | None],
 ) -> None:
     """Raises a `ValueError` where `optax.masked` hides only some leaves of a joint group."""

@@ -2,10 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from spherical_optax import _trees
-from spherical_optax.groups._group import RadialGroup, is_group
+from spherical_optax.groups._group import Entry, RadialGroup, is_entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class PathRules:
     Not callable, so that `optax.inject_hyperparams` does not take it for a schedule.
     """
 
-    rules: tuple[tuple[str, RadialGroup | bool | None], ...]
+    rules: tuple[tuple[str, Entry], ...]
 
 
 def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
@@ -73,7 +73,7 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
             raise ValueError(
                 f"groups_by_path: {pattern!r} is not a regular expression: {error}."
             ) from error
-        if not is_group(group):
+        if not is_entry(group):
             raise TypeError(
                 f"groups_by_path: expected a RadialGroup, None, True or False for rule "
                 f"{pattern!r}, found {group!r}."
@@ -81,47 +81,45 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     return PathRules(tuple(rules.items()))
 
 
-def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[RadialGroup | bool | None]:
-    matched: set[str] = set()
+def first_match(patterns: Iterable[str], path: str) -> re.Match[str] | None:
+    """The match of the first pattern that is found in a path, `None` if none is."""
+    return next((match for pattern in patterns if (match := re.search(pattern, path))), None)
+
+
+def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[Entry]:
+    """What the rules say of each leaf."""
+    group_of = dict(rules.rules)
     deciding: set[str] = set()
-    labelled: dict[tuple[str, str], list[_trees.Leaf]] = {}
-    result: list[RadialGroup | bool | None] = []
+    labelled: dict[tuple[str, str | None], list[_trees.Leaf]] = {}
+    result: list[Entry] = []
     for leaf in leaves:
-        group: RadialGroup | bool | None = None
-        decided = False
-        for pattern, candidate in rules.rules:
-            match = re.search(pattern, leaf.path)
-            if match is None:
-                continue
-            matched.add(pattern)
-            if decided:
-                continue
+        group: Entry = None
+        if match := first_match(group_of, leaf.path):
+            pattern = match.re.pattern
             deciding.add(pattern)
-            group, decided = candidate, True
+            group = group_of[pattern]
             if isinstance(group, RadialGroup) and group.joint is not None:
                 group = _with_label(group, match, leaf)
-                labelled.setdefault((pattern, group.joint or ""), []).append(leaf)
+                labelled.setdefault((pattern, group.joint), []).append(leaf)
         result.append(group)
     for (pattern, label), together in labelled.items():
         _check_one_block(pattern, label, together)
-    unused = [pattern for pattern, _ in rules.rules if pattern not in matched]
+    idle = [pattern for pattern in group_of if pattern not in deciding]
     # Below a subtree that optax.masked hides, other rules may have their leaves.
-    hidden = matched and any(leaf.hidden for leaf in leaves)
-    if unused and not hidden:
+    if not idle or (deciding and any(leaf.hidden for leaf in leaves)):
+        return result
+    if unused := [p for p in idle if not any(re.search(p, leaf.path) for leaf in leaves)]:
         raise ValueError(
             f"groups_by_path: no parameter path matches {unused}. The paths are "
             f"{[leaf.path for leaf in leaves]}."
         )
-    shadowed = [pattern for pattern, _ in rules.rules if pattern in matched - deciding]
-    if shadowed and not hidden:
-        raise ValueError(
-            f"groups_by_path: every path that {shadowed} match is decided by an earlier rule; put "
-            f"them first. The rules are {[pattern for pattern, _ in rules.rules]}."
-        )
-    return result
+    raise ValueError(
+        f"groups_by_path: every path that {idle} match is decided by an earlier rule; put "
+        f"them first. The rules are {list(group_of)}."
+    )
 
 
-def _check_one_block(pattern: str, label: str, leaves: list[_trees.Leaf]) -> None:
+def _check_one_block(pattern: str, label: str | None, leaves: list[_trees.Leaf]) -> None:
     """Raises where one rule joins the same layer of several blocks, as `encoder1/query` of all.
 
     Layers are the same if their names are, but for numbers.
