@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from spherical_optax import _trees
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups, joints_of
 
 Mask: TypeAlias = Any
 """A tree of booleans, or a prefix of one; a function of the parameters that returns one, reading
@@ -56,10 +56,9 @@ def in_groups(groups: Groups, wanted: bool) -> Callable[[Any], Any]:
     """A mask for `optax.masked`: the leaves with a group, or those without."""
 
     def mask(tree: Any) -> Any:
-        grouped = {i for unit in radial_units(groups, tree) for i in unit}
-        return _tree_of(
-            [(i in grouped) is wanted for i in range(len(_trees.flatten(tree)[0]))], tree
-        )
+        grouped = {i for joint in joints_of(groups, tree) for i in joint}
+        numbers = range(len(_trees.flatten(tree)[0]))
+        return _tree_of([(i in grouped) is wanted for i in numbers], tree)
 
     return mask
 

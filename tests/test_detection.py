@@ -16,7 +16,7 @@ import spherical_optax as so
 from spherical_optax import _trees, geometry
 from spherical_optax.detection import _flow
 from spherical_optax.detection._experiment import Experiment
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 FILTER, LAYER = so.per_filter(), so.per_layer()
 KEY = jax.random.key(0)
@@ -521,7 +521,7 @@ def without_labels(groups, params):
     """Path to group, the joint label as a star; and which paths share a label."""
     leaves = _trees.visible_leaves(params)
     plain, joint = {}, {}
-    for unit in radial_units(groups, params):
+    for unit in joints_of(groups, params):
         for i, group in unit.items():
             label = None if group.joint is None else "*"
             plain[leaves[i].path] = so.RadialGroup(group.index_axes, group.num_blocks, label)
@@ -577,7 +577,7 @@ def test_gradients_of_a_random_loss_are_orthogonal(dtype):
         groups = so.find_radial_groups(fn, params, x)
         grads = jax.grad(lambda p: jnp.vdot(make(16, 5), fn(p, x)))(params)
         x_leaves, g_leaves = jax.tree.leaves(params), jax.tree.leaves(grads)
-        units = radial_units(groups, params)
+        units = joints_of(groups, params)
         assert sum(len(unit) for unit in units) == 3
         for unit in units:
             g, p = ({i: leaves[i] for i in unit} for leaves in (g_leaves, x_leaves))

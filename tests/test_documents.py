@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -101,7 +101,7 @@ def test_rules_in_tables_make_groups_of_one_module_each(name, count):
     params, layers = {"block0": BLOCK, "block1": BLOCK}, list(BLOCK)
     for rule in rules:
         groups = so.groups_by_path(eval(f"{{{rule}}}", vars(so) | {"n": 2}))
-        found = [{divmod(i, 2) for i in unit} for unit in radial_units(groups, params)]
+        found = [{divmod(i, 2) for i in unit} for unit in joints_of(groups, params)]
         module = next(number for number, layer in enumerate(layers) if layer in rule)
         leaves = (0, 1) if "bias" in rule else (1,)
         assert found == [{(module + 3 * block, leaf) for leaf in leaves} for block in (0, 1)], rule

@@ -10,7 +10,7 @@ import pytest
 from layouts import CASES, tree_of
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 LR, B1, B2, EPS = 0.05, 0.8, 0.9, 1e-3
 
@@ -67,7 +67,7 @@ def quotient(name, state, g, x, unit):
 def test_is_that_of_the_state(name, case, x64):
     shapes, groups = CASES[case]
     params, tx = tree_of(shapes, 0), OPTIMIZERS[name](groups)
-    (unit,) = radial_units(groups, params)
+    (unit,) = joints_of(groups, params)
     state = tx.init(params)
     update = jax.jit(tx.update)
     for seed in range(1, 4):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 RULES = so.groups_by_path({r"conv/weight": so.per_filter(axis=0)})
 
@@ -67,7 +67,7 @@ def test_trees_of_groups_train_as_rules_do(problem):
     )
     for groups in (found.groups, by_hand):
         assert callable(groups)
-        assert radial_units(groups, params) == [{0: so.per_filter(axis=0)}]
+        assert joints_of(groups, params) == [{0: so.per_filter(axis=0)}]
     assert "invariant" in so.describe_groups(params, found).splitlines()[1]
     expected = trained(*problem, RULES)
     assert np.abs(expected.conv.weight - params.conv.weight).max() > 1e-3

@@ -18,7 +18,7 @@ import tyro
 from conftest import CACHED, QUICK
 from flax import nnx
 
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -51,7 +51,7 @@ def test_found_groups_are_those_of_the_rules(monkeypatch):
     digits = importlib.import_module("digits")
     params = nnx.state(digits.Network(nnx.Rngs(0)), nnx.Param)
     found = digits.find_groups(digits.load()[0][0][:8])
-    assert radial_units(found, params) == radial_units(digits.RULES, params)
+    assert joints_of(found, params) == joints_of(digits.RULES, params)
     assert found.forward_passes > 0
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units, units_at_init
+from spherical_optax.groups import joints_at_init, joints_of
 
 PARAMS = {
     "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
@@ -58,16 +58,16 @@ def test_per_group_shape(group, shape, expected):
 def test_ways_to_say_the_same_groups(groups):
     if isinstance(groups, types.MappingProxyType):
         groups = {"conv": dict(groups["conv"]), "dense": None}
-    assert radial_units(groups, PARAMS) == [{1: FILTER}]
+    assert joints_of(groups, PARAMS) == [{1: FILTER}]
 
 
 def test_prefix_covers_a_subtree():
-    assert radial_units({"conv": True, "dense": LAYER}, PARAMS) == [
+    assert joints_of({"conv": True, "dense": LAYER}, PARAMS) == [
         {0: FILTER},
         {1: FILTER},
         {2: LAYER},
     ]
-    assert radial_units({"conv": None, "dense": None}, PARAMS) == []
+    assert joints_of({"conv": None, "dense": None}, PARAMS) == []
 
 
 OPTIMIZERS = {
@@ -123,9 +123,9 @@ def test_groups_of_one_entry_are_not_silent(name):
             tx.init(params)
 
 
-def test_joint_label_makes_one_unit():
+def test_leaves_of_a_label_make_one_joint():
     groups = {"conv": so.per_channel_block(2, joint="conv"), "dense": None}
-    assert radial_units(groups, PARAMS) == [{0: groups["conv"], 1: groups["conv"]}]
+    assert joints_of(groups, PARAMS) == [{0: groups["conv"], 1: groups["conv"]}]
 
 
 @dataclasses.dataclass
@@ -141,10 +141,10 @@ jax.tree_util.register_dataclass(CallableTree)
 
 def test_a_callable_tree_is_a_tree():
     params = CallableTree(jnp.ones((2, 3)))
-    assert radial_units(CallableTree(FILTER), params) == [{0: FILTER}]
-    assert radial_units(CallableTree(None), params) == []
+    assert joints_of(CallableTree(FILTER), params) == [{0: FILTER}]
+    assert joints_of(CallableTree(None), params) == []
     partial = jax.tree_util.Partial(lambda params: jax.tree.map(lambda _: FILTER, params))
-    assert radial_units(partial, params) == [{0: FILTER}]
+    assert joints_of(partial, params) == [{0: FILTER}]
 
 
 def blocks(*names, **leaves):
@@ -215,27 +215,27 @@ def test_labels_that_several_modules_may_share():
     """Layers of different kinds; and whatever two rules, or a tree of groups, say."""
     params = blocks("conv", "time", kernel=KERNEL, bias=BIAS)
     rules = so.groups_by_path({r"(conv|time)/(kernel|bias)": so.per_layer("sum")})
-    assert [list(unit) for unit in radial_units(rules, params)] == [[0, 1, 2, 3]]
+    assert [list(joint) for joint in joints_of(rules, params)] == [[0, 1, 2, 3]]
     params = blocks("block0/query", "block1/query", kernel=KERNEL)
     two = so.groups_by_path({"0/query": so.per_layer("both"), "1/query": so.per_layer("both")})
     one_each = so.groups_by_path({r"(.*query)/kernel": so.per_layer(r"\1")})
-    assert [list(unit) for unit in radial_units(two, params)] == [[0, 1]]
-    assert [list(unit) for unit in radial_units(so.per_layer("both"), params)] == [[0, 1]]
-    assert [list(unit) for unit in radial_units(one_each, params)] == [[0], [1]]
+    assert [list(joint) for joint in joints_of(two, params)] == [[0, 1]]
+    assert [list(joint) for joint in joints_of(so.per_layer("both"), params)] == [[0, 1]]
+    assert [list(joint) for joint in joints_of(one_each, params)] == [[0], [1]]
 
 
 def test_joint_label_expands_per_module():
     params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"kernel": jnp.ones(4)}}
     rules = so.groups_by_path({r"(.*)/(kernel|bias)": so.per_layer(joint=r"\1")})
-    units = radial_units(rules, params)
-    assert [sorted(unit) for unit in units] == [[0, 1], [2]]
-    assert [unit[max(unit)].joint for unit in units] == ["a", "b"]
+    joints = joints_of(rules, params)
+    assert [sorted(joint) for joint in joints] == [[0, 1], [2]]
+    assert [joint[max(joint)].joint for joint in joints] == ["a", "b"]
 
 
 def test_none_and_masked_leaves_take_no_group():
     params = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones((2, 3))}
-    assert radial_units({"a": True, "b": {"kernel": True}, "c": True}, params) == [{1: FILTER}]
-    assert radial_units(so.groups_by_path({"c": True, "b/kernel": True}), params) == [{1: FILTER}]
+    assert joints_of({"a": True, "b": {"kernel": True}, "c": True}, params) == [{1: FILTER}]
+    assert joints_of(so.groups_by_path({"c": True, "b/kernel": True}), params) == [{1: FILTER}]
 
 
 @dataclasses.dataclass
@@ -256,12 +256,12 @@ def test_paths_are_the_same_for_every_container():
         {"layers": ({"kernel": leaf},)},
         {"layers": {0: Layer(leaf)}},
     ):
-        assert radial_units(rules, params) == [{0: FILTER}]
-    assert radial_units(rules, module) == [{1: FILTER}]  # the bias comes first
-    assert radial_units(rules, nnx.to_pure_dict(module)) == [{1: FILTER}]
-    assert radial_units({"layers": {0: {"kernel": True, "bias": None}}}, module) == [{1: FILTER}]
+        assert joints_of(rules, params) == [{0: FILTER}]
+    assert joints_of(rules, module) == [{1: FILTER}]  # the bias comes first
+    assert joints_of(rules, nnx.to_pure_dict(module)) == [{1: FILTER}]
+    assert joints_of({"layers": {0: {"kernel": True, "bias": None}}}, module) == [{1: FILTER}]
     masked = jax.tree.map(lambda p: p.ndim > 1, module)
-    assert radial_units(masked, nnx.to_pure_dict(module)) == [{1: FILTER}]
+    assert joints_of(masked, nnx.to_pure_dict(module)) == [{1: FILTER}]
 
 
 def test_table():
@@ -300,7 +300,7 @@ def test_table_has_no_lines_for_absent_leaves():
 def test_windows_taken_for_channels(group, shape, axes):
     params = {"conv": {"weight": jax.ShapeDtypeStruct(shape, jnp.float32)}}
     message = re.escape(f"conv/weight of shape {shape}") + ".*" + re.escape(f"index_axes={axes}")
-    for show in (lambda: units_at_init(group, params), lambda: table(group, params)):
+    for show in (lambda: joints_at_init(group, params), lambda: table(group, params)):
         with pytest.warns(UserWarning, match=message) as warned:
             show()
         assert len(warned) == 1
@@ -332,8 +332,8 @@ def test_windows_taken_for_channels(group, shape, axes):
 def test_channels_that_are_no_window(group, shape):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        units = units_at_init(group, jax.ShapeDtypeStruct(shape, jnp.float32))
-    assert units == [{0: group}]
+        joints = joints_at_init(group, jax.ShapeDtypeStruct(shape, jnp.float32))
+    assert joints == [{0: group}]
 
 
 def test_keras_variables():
@@ -341,9 +341,9 @@ def test_keras_variables():
     params = {"seq/conv2d/kernel": KERNEL, "seq/conv2d/bias": BIAS}
     rules = so.groups_by_path({"conv2d/kernel": True})
     tree = {"seq/conv2d/kernel": True, "seq/conv2d/bias": None}
-    assert radial_units(rules, params) == radial_units(tree, params) == [{1: FILTER}]
-    assert radial_units([True, None], [KERNEL, BIAS]) == [{0: FILTER}]
-    assert radial_units(so.groups_by_path({"^0$": True}), [KERNEL, BIAS]) == [{0: FILTER}]
+    assert joints_of(rules, params) == joints_of(tree, params) == [{1: FILTER}]
+    assert joints_of([True, None], [KERNEL, BIAS]) == [{0: FILTER}]
+    assert joints_of(so.groups_by_path({"^0$": True}), [KERNEL, BIAS]) == [{0: FILTER}]
 
 
 @dataclasses.dataclass
@@ -400,7 +400,7 @@ def test_params_and_groups_that_changed_places(groups):
 
 def test_numpy_scalars_are_taken():
     assert so.RadialGroup((np.int64(1),)) == so.RadialGroup((1,))
-    assert radial_units({"conv": np.bool_(True), "dense": np.bool_(False)}, PARAMS) == [
+    assert joints_of({"conv": np.bool_(True), "dense": np.bool_(False)}, PARAMS) == [
         {0: FILTER},
         {1: FILTER},
     ]
@@ -408,7 +408,7 @@ def test_numpy_scalars_are_taken():
 
 def test_shapes_alone_are_enough():
     shapes = jax.eval_shape(lambda: PARAMS)
-    assert radial_units({"conv": {"kernel": True, "bias": None}, "dense": None}, shapes) == [
+    assert joints_of({"conv": {"kernel": True, "bias": None}, "dense": None}, shapes) == [
         {1: FILTER}
     ]
 

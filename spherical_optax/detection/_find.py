@@ -21,7 +21,7 @@ from spherical_optax.groups import (
     Groups,
     RadialGroup,
     group_size,
-    radial_units,
+    joints_of,
 )
 
 SEEMING = 0.1  # deviation from which on a leaf need not be looked at again
@@ -193,7 +193,7 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
     who = "check_radial_groups"
     if _complex.is_complex(params):
         params, fn = _complex.split(params), _complex.of_pairs(fn)
-    given = radial_units(groups, params)
+    given = joints_of(groups, params)
     say = _spoken(who, None)
     experiment, found = _searched(who, fn, params, args, True, say)
     units, _ = _confirm(experiment, found, say)

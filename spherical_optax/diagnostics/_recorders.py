@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, RadialGroup, radial_units
+from spherical_optax.groups import Groups, RadialGroup, joints_of
 from spherical_optax.transforms._pair import check_type, pair, resolve
 from spherical_optax.transforms._units import Unit, per_leaf, pick, zeros_as
 
@@ -191,7 +191,7 @@ def sphere_metrics(
         )
     x, y = [leaf.value for leaf in leaves], [leaf.value for leaf in others]
     found: dict[int, SphereMetrics] = {}
-    for unit in radial_units(groups, params_before):
+    for unit in joints_of(groups, params_before):
         for i in unit:
             if np.shape(x[i]) != np.shape(y[i]):
                 raise ValueError(

@@ -13,7 +13,7 @@ from spherical_optax.diagnostics._recorders import (
     RecordSphereState,
     SphereMetrics,
 )
-from spherical_optax.groups import Groups, radial_units
+from spherical_optax.groups import Groups, joints_of
 
 RECORDERS = {
     RecordSphereState: "sphere",
@@ -64,7 +64,7 @@ def sphere_report(state_or_metrics: Any, groups: Groups, params: Any) -> dict[st
     leaves = _trees.visible_leaves(params)
     shapes = {
         leaves[i].path: group.shape(np.shape(leaves[i].value))
-        for unit in radial_units(groups, params)
+        for unit in joints_of(groups, params)
         for i, group in unit.items()
     }
     if isinstance(state_or_metrics, Mapping) and all(

@@ -20,6 +20,7 @@ use rules.
 
 from spherical_optax.groups._forms import Finding, FoundGroups, Groups
 from spherical_optax.groups._group import (
+    Joint,
     RadialGroup,
     group_size,
     per_channel_block,
@@ -27,7 +28,7 @@ from spherical_optax.groups._group import (
     per_head,
     per_layer,
 )
-from spherical_optax.groups._resolve import radial_units, units_at_init
+from spherical_optax.groups._resolve import joints_at_init, joints_of
 from spherical_optax.groups._rules import PathRules, first_match, groups_by_path
 from spherical_optax.groups._table import describe_groups
 
@@ -35,16 +36,21 @@ __all__ = [
     "Finding",
     "FoundGroups",
     "Groups",
+    "Joint",
     "PathRules",
     "RadialGroup",
     "describe_groups",
     "first_match",
     "group_size",
     "groups_by_path",
+    "joints_at_init",
+    "joints_of",
     "per_channel_block",
     "per_filter",
     "per_head",
     "per_layer",
-    "radial_units",
-    "units_at_init",
 ]
+
+# until the transforms use the new names
+radial_units = joints_of
+units_at_init = joints_at_init

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -183,6 +183,9 @@ def per_head(axis: int, joint: str | None = None) -> RadialGroup:
     return RadialGroup(index_axes=(axis,), joint=joint)
 
 
+Joint: TypeAlias = dict[int, RadialGroup]
+"""Leaves that form groups together, by number: one leaf, or all of a label."""
+
 Entry: TypeAlias = RadialGroup | bool | None
 """What rules and trees hold: a group, `True` for `per_filter()`, `False` or `None` for none."""
 
@@ -192,9 +195,9 @@ def is_entry(value: Any) -> bool:
     return value is None or isinstance(value, RadialGroup | bool | np.bool_)
 
 
-def group_size(unit: Mapping[int, RadialGroup], leaves: Any) -> int:
-    """Entries per group, all leaves of the unit together; leaves by their number."""
+def group_size(joint: Joint, leaves: Any) -> int:
+    """Entries per group, those of all leaves of the joint; leaves are looked up by number."""
     return sum(
         math.prod(leaves[i].shape) // max(1, math.prod(group.shape(leaves[i].shape)))
-        for i, group in unit.items()
+        for i, group in joint.items()
     )

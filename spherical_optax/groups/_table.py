@@ -8,7 +8,7 @@ import numpy as np
 from spherical_optax import _complex, _trees
 from spherical_optax.groups._forms import Finding, FoundGroups, Groups
 from spherical_optax.groups._group import group_size
-from spherical_optax.groups._resolve import radial_units
+from spherical_optax.groups._resolve import joints_of
 from spherical_optax.groups._windows import warn_of_windows
 
 
@@ -40,14 +40,14 @@ def describe_groups(params: Any, groups: Groups) -> str:
       kernel  (5, 8)  8       5                  -
     """
     params = _complex.split(params)
-    units, leaves = radial_units(groups, params), _trees.visible_leaves(params)
-    warn_of_windows(units, params)
+    joints, leaves = joints_of(groups, params), _trees.visible_leaves(params)
+    warn_of_windows(joints, params)
     rows = [[leaf.path, str(np.shape(leaf.value)), "-", "-", "-"] for leaf in leaves]
-    for unit in units:
-        values = {i: leaves[i].value for i in unit}
-        for i, group in unit.items():
-            count = math.prod(group.shape(values[i].shape))
-            rows[i][2:] = [str(count), str(group_size(unit, values)), group.joint or "-"]
+    values = [leaf.value for leaf in leaves]
+    for joint in joints:
+        size = str(group_size(joint, values))
+        for i, group in joint.items():
+            rows[i][2:] = [str(math.prod(group.shape(values[i].shape))), size, group.joint or "-"]
     rows = [row for row, leaf in zip(rows, leaves, strict=True) if leaf.value is not None]
     header = ["path", "shape", "groups", "entries per group", "label"]
     if not isinstance(groups, FoundGroups):
@@ -61,7 +61,7 @@ def describe_groups(params: Any, groups: Groups) -> str:
     return (
         f"{_table([header, *rows])}\ninvariant up to {groups.invariant_up_to:.0e}, others from "
         f"{groups.others_from:.0e}; {groups.forward_passes} forward passes"
-        + "".join(f"\nvaried, being constant: {each}" for each in groups.varied)
+        + "".join(f"\nvaried, being constant: {name}" for name in groups.varied)
     )
 
 

@@ -4,23 +4,23 @@ import warnings
 from typing import Any
 
 from spherical_optax import _trees
-from spherical_optax.groups._group import RadialGroup
+from spherical_optax.groups._group import Joint, RadialGroup
 
 
-def warn_of_windows(units: list[dict[int, RadialGroup]], params: Any) -> None:
+def warn_of_windows(joints: list[Joint], params: Any) -> None:
+    """Warns the caller's caller of such groups."""
     leaves = _trees.visible_leaves(params)
     suspects = []
-    for unit in units:
-        for i, group in unit.items():
-            shape = leaves[i].value.shape
-            channels = _channels_in_front(group, shape)
-            if channels is not None:
-                suspects.append(
-                    f"{leaves[i].path} of shape {shape}: expected groups of output channels, found "
-                    f"groups on its last axis, of size {shape[-1]}, where Equinox and PyTorch have "
-                    f"the window; there, index_axes={channels}, as in per_filter(axis=0). If the "
-                    f"last axis is meant, say {len(shape) - 1} for -1."
-                )
+    for i, group in (item for joint in joints for item in joint.items()):
+        shape = leaves[i].value.shape
+        channels = _channels_in_front(group, shape)
+        if channels is not None:
+            suspects.append(
+                f"{leaves[i].path} of shape {shape}: expected groups of output channels, found "
+                f"groups on its last axis, of size {shape[-1]}, where Equinox and PyTorch have "
+                f"the window; there, index_axes={channels}, as in per_filter(axis=0). If the "
+                f"last axis is meant, say {len(shape) - 1} for -1."
+            )
     if suspects:
         warnings.warn("\n".join(suspects), UserWarning, stacklevel=3)
 
