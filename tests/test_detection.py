@@ -520,14 +520,14 @@ class BatchNormed(nn.Module):
 def without_labels(groups, params):
     """Path to group, the joint label as a star; and which paths share a label."""
     leaves = _trees.visible_leaves(params)
-    plain, joint = {}, {}
-    for unit in joints_of(groups, params):
-        for i, group in unit.items():
+    plain, together = {}, {}
+    for joint in joints_of(groups, params):
+        for i, group in joint.items():
             label = None if group.joint is None else "*"
             plain[leaves[i].path] = so.RadialGroup(group.index_axes, group.num_blocks, label)
             if group.joint is not None:
-                joint.setdefault(group.joint, set()).add(leaves[i].path)
-    return plain, list(joint.values())
+                together.setdefault(group.joint, set()).add(leaves[i].path)
+    return plain, list(together.values())
 
 
 def quiet(warned):
@@ -577,13 +577,13 @@ def test_gradients_of_a_random_loss_are_orthogonal(dtype):
         groups = so.find_radial_groups(fn, params, x)
         grads = jax.grad(lambda p: jnp.vdot(make(16, 5), fn(p, x)))(params)
         x_leaves, g_leaves = jax.tree.leaves(params), jax.tree.leaves(grads)
-        units = joints_of(groups, params)
-        assert sum(len(unit) for unit in units) == 3
-        for unit in units:
-            g, p = ({i: leaves[i] for i in unit} for leaves in (g_leaves, x_leaves))
-            size = geometry.norm(g, unit) * geometry.norm(p, unit)
+        joints = joints_of(groups, params)
+        assert sum(len(joint) for joint in joints) == 3
+        for joint in joints:
+            g, p = ({i: leaves[i] for i in joint} for leaves in (g_leaves, x_leaves))
+            size = geometry.norm(g, joint) * geometry.norm(p, joint)
             bound = 1e-4 if dtype == "float32" else 1e-9
-            assert np.all(np.abs(geometry.inner(g, p, unit)) <= bound * size)
+            assert np.all(np.abs(geometry.inner(g, p, joint)) <= bound * size)
 
 
 def test_found_groups_train():
@@ -783,8 +783,8 @@ def test_scaling_that_changes_the_outputs_is_reported_with_its_number(monkeypatc
     fn, params, x, _ = MODELS["resnet"][0]()
     paths = [leaf.path for leaf in _trees.visible_leaves(params)]
 
-    def change(self, number, units, still=()):
-        return 0.5 * any(paths[i] == "deep1/kernel" for unit in units for i in unit)
+    def change(self, number, joints, leaves=()):
+        return 0.5 * any(paths[i] == "deep1/kernel" for joint in joints for i in joint)
 
     monkeypatch.setattr(Experiment, "change", change)
     with pytest.warns(UserWarning, match=r"they change for \['deep1/kernel \(5e-01\)'\]"):

@@ -26,11 +26,12 @@ from jax.extend import core
 from spherical_optax import _complex, _trees, geometry
 from spherical_optax.detection import _flow, _program, _widened
 from spherical_optax.detection._arguments import is_floating, varied
-from spherical_optax.groups import RadialGroup
+from spherical_optax.detection._points import drawn, is_known, jittered
+from spherical_optax.groups import Joint, RadialGroup
 
-Unit = dict[int, RadialGroup]
 Progress = Callable[[str], Any]
 
+POINTS = 4
 NOISE = 0.05  # relative change of p under jitter, which only rounding has in most networks
 OUTLIER = 1e4  # size of an output's entry relative to their median, as of a masked logit
 SMALL = 1e-4  # size of p relative to the module's, which only rounding has beside it
@@ -77,34 +78,33 @@ class Experiment:
         values, treedef = _trees.flatten(params)
         self.floating = [i for i, value in enumerate(values) if is_floating(value)]
         if not self.floating:
-            found = [
+            dtypes = [
                 (leaf.path, str(getattr(leaf.value, "dtype", leaf.value))) for leaf in self.leaves
             ]
-            raise ValueError(f"{who}: expected parameters with floating leaves, found {found}.")
+            raise ValueError(f"{who}: expected parameters with floating leaves, found {dtypes}.")
         values = [_concrete(value) for value in values]
+        floats = [values[i] for i in self.floating]
 
-        def of(args: Any, point: list[Any]) -> list[jax.Array]:
-            varied = dict(zip(self.floating, point, strict=True))
-            everything = [varied.get(i, value) for i, value in enumerate(values)]
+        def outputs_of(args: Any, point: list[Any]) -> list[jax.Array]:
+            arrays = dict(enumerate(values)) | dict(zip(self.floating, point, strict=True))
             # The identity map makes NNX variables among the arguments anew, free to be mutated.
             fresh = jax.tree.map(lambda a: a, args)
-            outputs = jax.tree.leaves(_complex.split(fn(treedef.unflatten(everything), *fresh)))
-            return [output for output in outputs if is_floating(output)]
+            outputs = _complex.split(fn(treedef.unflatten(arrays.values()), *fresh))
+            return list(filter(is_floating, jax.tree.leaves(outputs)))
 
-        given = [values[i] for i in self.floating]
-        shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in given]
+        shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in floats]
         progress("tracing the forward pass")
-        args, self.varied = varied(tuple(args), of, shapes)
-        for each in self.varied:
-            progress(f"constant, and multiplied by a kernel, so varied: {each}")
-        forward = functools.partial(of, args)
+        args, self.varied = varied(tuple(args), outputs_of, shapes)
+        for name in self.varied:
+            progress(f"constant, and multiplied by a kernel, so varied: {name}")
+        forward = functools.partial(outputs_of, args)
         program = _program.trace(who, forward, shapes, len(args))
         self.sums = _flow.sums(program)
         self.used = _flow.is_used(program)
         self.kernels = {self.floating[n] for n in _flow.kernels(program)}
         try:
             program = _widened.widened(program)
-            given = [_widened.wide(value) for value in given]
+            floats = [_widened.wide(value) for value in floats]
         except Exception as error:  # an operation of which nothing is known here
             warnings.warn(
                 f"{who}: expected a program that can be computed in float32, found half precision "
@@ -121,8 +121,8 @@ class Experiment:
         self.points: list[Point] = []
         self._sums: dict[Any, np.ndarray] = {}
         self._counted = [np.ones(out.shape, bool) for out in program.out_avals]
-        known = all(_is_known(value) for value in given)
-        ready = self._first_point(given, known)
+        known = all(map(is_known, floats))
+        ready = self._first_point(floats, known)
         for near in (known, False):
             number = len(self.points)
             progress(f"gradient at point {number + 1} of {POINTS}")
@@ -130,7 +130,7 @@ class Experiment:
                 self.points.append(ready)
                 continue
             self._look(
-                functools.partial(_drawn, given, number, near, shrink)
+                functools.partial(drawn, floats, number, near, shrink)
                 for shrink in (1.0, 0.5, 0.25, 0.0625)
             )
         if len(self.points) < 2:
@@ -140,26 +140,25 @@ class Experiment:
             )
         progress("the gradient again, for rounding")
         first = self.points[0]
-        outputs, again = self.at(_jittered(first.draw()), 0)
+        outputs, again = self.at(jittered(first.draw()), 0)
         self.noise = {i: _relative(p, again[i]) for i, p in first.products.items()}
         self.unrest = max(map(_relative, first.outputs, outputs), default=0.0)
 
-    def _first_point(self, given: list[Any], known: bool) -> Point | None:
+    def _first_point(self, floats: list[Any], known: bool) -> Point | None:
         """The first point, if nothing is to be seen to there.
 
         Entries of the outputs that are not finite or drown the others, and are the same at
         another point, are left out from then on: logits that are masked with -1e9 or -inf say
         nothing of the weights.
         """
-        draw = functools.partial(_drawn, given, 0, known, 1.0)
+        draw = functools.partial(drawn, floats, 0, known, 1.0)
         outputs, products = self.at(draw())
         if any(map(_has_outliers, outputs)):
-            others, _ = self.at(_drawn(given, 1, False, 1.0))
+            others, _ = self.at(drawn(floats, 1, False, 1.0))
             for counted, a, b in zip(self._counted, outputs, others, strict=True):
                 counted &= np.isfinite(a) & np.isfinite(b) & (a != b)
             return None
-        finite = all(np.isfinite(each).all() for each in products.values())
-        return Point(draw, outputs, products) if finite else None
+        return Point(draw, outputs, products) if _all_finite(products.values()) else None
 
     def look_at_scales(self, numbers: set[int], progress: Progress) -> None:
         """Adds points at which these leaves are larger, and smaller."""
@@ -179,7 +178,7 @@ class Experiment:
         """Adds a point: the first of these at which nothing overflows, if there is one."""
         for draw in draws:
             outputs, products = self.at(draw(), len(self.points))
-            if all(np.isfinite(each).all() for each in (*outputs, *products.values())):
+            if _all_finite((*outputs, *products.values())):
                 self.points.append(Point(draw, outputs, products))
                 return
 
@@ -220,19 +219,19 @@ class Experiment:
             self._sums[key] = np.vdot(p, p)
         return float(self._sums[key])
 
-    def deviation(self, unit: Unit) -> float:
+    def deviation(self, joint: Joint) -> float:
         """The largest deviation over the points."""
-        return max(self._deviation(number, unit) for number in range(len(self.points)))
+        return max(self._deviation(number, joint) for number in range(len(self.points)))
 
-    def _deviation(self, number: int, unit: Unit) -> float:
+    def _deviation(self, number: int, joint: Joint) -> float:
         total: Any = 0.0
-        for i, group in unit.items():
+        for i, group in joint.items():
             axes = group.axes(self.points[number].products[i].ndim)
             sums = self.sums_over(number, i, axes)
             if group.num_blocks is not None:
                 sums = sums.reshape(*sums.shape[:-1], group.num_blocks, -1).sum(-1)
             total = total + sums.ravel()
-        square = sum(self.squares(number, i) for i in unit)
+        square = sum(self.squares(number, i) for i in joint)
         return float(np.linalg.norm(total)) / math.sqrt(square) if square > 0 else 0.0
 
     def crossed(self, i: int, axes: tuple[int, ...]) -> str | None:
@@ -254,25 +253,24 @@ class Experiment:
                     return f"{blocks} blocks of axis {axis}, crossed with {axes}"
         return None
 
-    def change(self, number: int, units: Iterable[Unit], still: Iterable[int] = ()) -> float:
+    def change(self, number: int, joints: Iterable[Joint], leaves: Iterable[int] = ()) -> float:
         """How much the outputs at a point change where groups are scaled by random factors.
 
         Args:
           number: The point's.
-          units: Those whose groups are scaled, by powers of two, which round nothing.
-          still: Leaves whose entries are scaled, each by a factor of its own.
+          joints: Those whose groups are scaled, by powers of two, which round nothing.
+          leaves: Those whose entries are scaled, each entry by a factor of its own.
         """
         rng = np.random.default_rng(number)
         point = dict(zip(self.floating, self.points[number].draw(), strict=True))
-        for unit in units:
-            first = next(iter(unit))
-            count = math.prod(unit[first].shape(point[first].shape))
+        for joint in joints:
+            first = next(iter(joint))
+            count = math.prod(joint[first].shape(point[first].shape))
             factors = np.resize(2.0 ** rng.permutation([-2, -1, 1, 2]), count)
-            for i, group in unit.items():
-                point[i] = (point[i] * _spread(factors, point[i].shape, group)).astype(
-                    point[i].dtype
-                )
-        for i in still:
+            for i, group in joint.items():
+                spread = _spread(factors, point[i].shape, group)
+                point[i] = (point[i] * spread).astype(point[i].dtype)
+        for i in leaves:
             factors = rng.uniform(0.5, 2, point[i].shape)
             point[i] = (point[i] * factors).astype(point[i].dtype)
         outputs, _ = self.at([point[i] for i in self.floating], number)
@@ -298,7 +296,7 @@ def _evaluation(program: core.ClosedJaxpr) -> Callable[..., Any]:
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         def random_function(point: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
             pairs = zip(counted, forward(*point), strict=True)
-            outputs = [jnp.where(each, output, 0) for each, output in pairs]
+            outputs = [jnp.where(mask, output, 0) for mask, output in pairs]
             total = jnp.zeros(())
             for number, output in enumerate(outputs):
                 wide = geometry.wide(output)
@@ -315,83 +313,14 @@ def _evaluation(program: core.ClosedJaxpr) -> Callable[..., Any]:
     return evaluate
 
 
+def _all_finite(arrays: Iterable[np.ndarray]) -> bool:
+    return all(np.isfinite(array).all() for array in arrays)
+
+
 def _has_outliers(output: np.ndarray) -> bool:
     """Whether entries are not finite, or drown the others."""
     size = np.abs(output)
     return not np.isfinite(size).all() or bool(size.size and size.max() > OUTLIER * np.median(size))
-
-
-def is_vector(shape: tuple[int, ...], others: Iterable[tuple[int, ...]] = ()) -> bool:
-    """Whether a leaf is a bias or a scale, and not a kernel.
-
-    `(n, 1)` is a kernel of one output, unless its module has a kernel of more axes, whose
-    bias it then is, as in Equinox's convolutions.
-    """
-    if len(shape) < 2:
-        return True
-    if sum(size > 1 for size in shape) > 1:
-        return False
-    return len(shape) > 2 or any(len(other) > 2 and not is_vector(other) for other in others)
-
-
-# --- the points -------------------------------------------------------------------------
-
-POINTS = 4
-PERIOD = 1_000_003  # of random numbers, repeated in longer leaves; a prime, so that rows differ
-
-
-def _is_known(value: Any) -> bool:
-    return not isinstance(value, jax.ShapeDtypeStruct) and bool(
-        np.isfinite(np.asarray(value, np.float32)).all()
-    )
-
-
-def _drawn(given: list[Any], number: int, near: bool, shrink: float) -> list[np.ndarray]:
-    """The leaves at a point: near their values, or random; no entry zero.
-
-    A random kernel multiplies the size of its input by about one. A vector keeps its signs:
-    it may be the argument of a root or a logarithm. What is zero, as biases are, stays
-    smaller than one, for fewer dead units.
-    """
-    rng = np.random.default_rng(number)
-
-    def drawn(value: Any) -> np.ndarray:
-        shape = tuple(value.shape)
-        known = not isinstance(value, jax.ShapeDtypeStruct)
-        x: Any = np.asarray(value, np.float32) if known else np.zeros((), np.float32)
-        if is_vector(shape):
-            sign = rng.choice([-1.0, 1.0], size=shape)
-            base = np.where(x == 0, 0.4 * sign, x if near else np.sign(x))
-            return (base * rng.uniform(0.75, 1.5, shape)).astype(value.dtype)
-        noise = _noise(shape, rng)
-        scale = math.sqrt(np.mean(x**2)) if near and x.size else 0.0
-        if scale > 0:
-            x = x + np.float32(scale) * noise
-        else:
-            outputs = max(shape) if sum(size > 1 for size in shape) > 1 else 1
-            scale = math.sqrt(12 * outputs / max(math.prod(shape), 1))
-            x = np.float32(scale * shrink) * noise
-        return x.astype(value.dtype, copy=False)
-
-    return [drawn(value) for value in given]
-
-
-def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Uniform numbers from -1/2 to 1/2."""
-    size = math.prod(shape)
-    return np.resize(rng.random(min(size, PERIOD), np.float32) - np.float32(0.5), shape)
-
-
-def _jittered(point: list[np.ndarray]) -> list[np.ndarray]:
-    """The point, with a change in the last place of every entry."""
-    rng = np.random.default_rng(0)
-
-    def jittered(x: np.ndarray) -> np.ndarray:
-        wide = np.promote_types(x.dtype, np.float32) if x.dtype.kind == "f" else np.float32
-        noise = 2 * float(jnp.finfo(x.dtype).eps) * _noise(x.shape, rng).astype(wide, copy=False)
-        return (x.astype(wide, copy=False) * (1 + noise)).astype(x.dtype, copy=False)
-
-    return [jittered(x) for x in point]
 
 
 def _concrete(value: Any) -> Any:

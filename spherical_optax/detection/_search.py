@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spherical_optax.detection._experiment import Experiment, Progress, Unit, is_vector
-from spherical_optax.groups import RadialGroup
+from spherical_optax.detection._experiment import Experiment, Progress
+from spherical_optax.detection._points import is_vector
+from spherical_optax.groups import Joint, RadialGroup
 
 NEAR = 13  # leaves that may belong to one group with another; all their subsets are tried
 MODULES = 3  # over which a joint group may extend
@@ -17,27 +18,27 @@ MODULES = 3  # over which a joint group may extend
 NO_EFFECT = "no effect on the outputs"
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
     """What the search found.
 
     Attributes:
-      units: The finest invariant units.
+      joints: The finest invariant joints.
       tried: For each leaf, the partitions tried and their deviations.
       verdicts: For each leaf, what follows.
       finer: For leaves whose finest groups are none that can be said, what these are.
     """
 
-    units: list[Unit]
+    joints: list[Joint]
     tried: dict[int, list[tuple[str, float]]]
     verdicts: dict[int, str]
     finer: dict[int, str]
 
 
-def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
+def search(experiment: Experiment, vectors: bool, progress: Progress) -> Result:
     """Finds the finest invariant partition of each leaf, alone or jointly with others."""
     modules = {i: module_of(experiment.leaves[i].keys) for i in experiment.floating}
     shapes = {i: experiment.shape(i) for i in experiment.floating}
-    found = Found([], {i: [] for i in experiment.floating}, {}, {})
+    result = Result([], {i: [] for i in experiment.floating}, {}, {})
 
     def has_effect(i: int) -> bool:
         return experiment.has_effect(i, [j for j in experiment.floating if near(i, j)])
@@ -50,7 +51,7 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
         return bool(a and b) and a[:-1] == b[:-1]
 
     open_leaves = [i for i in experiment.floating if has_effect(i)]
-    found.verdicts.update({i: NO_EFFECT for i in experiment.floating if i not in open_leaves})
+    result.verdicts.update({i: NO_EFFECT for i in experiment.floating if i not in open_leaves})
 
     def kernel(i: int) -> bool:
         if i not in experiment.kernels and is_vector(shapes[i][1:]) and stacked(i):
@@ -73,35 +74,35 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
         key=lambda i: (i not in kernels, -math.prod(shapes[i]), i),
     )
 
-    def accept(numbers: tuple[int, ...], best: Unit) -> None:
+    def accept(numbers: tuple[int, ...], best: Joint) -> None:
         if len(numbers) > 1:
             label = _common([modules[i] for i in numbers])
-            taken = {group.joint for unit in found.units for group in unit.values()}
+            taken = {group.joint for joint in result.joints for group in joint.values()}
             while label in taken:
                 label += "'"
             best = {i: dataclasses.replace(group, joint=label) for i, group in best.items()}
-        found.units.append(best)
+        result.joints.append(best)
         verdict = "jointly invariant" if len(numbers) > 1 else "invariant"
-        found.verdicts.update(dict.fromkeys(numbers, verdict))
+        result.verdicts.update(dict.fromkeys(numbers, verdict))
 
     for n, i in enumerate(leaders):
         progress(f"leaf {n + 1} of {len(leaders)}: {experiment.leaves[i].path}")
-        best = _finest(experiment, (i,), found.tried[i], "")
+        best = _finest(experiment, (i,), result.tried[i], "")
         if best is not None:
             accept((i,), best)
             finer = experiment.crossed(i, best[i].axes(len(shapes[i])))
-            found.finer.update({i: finer} if finer and best[i].num_blocks is None else {})
-        elif found.tried[i][0][1] < experiment.thresholds.varying:
-            found.verdicts[i] = "unclear"
+            result.finer.update({i: finer} if finer and best[i].num_blocks is None else {})
+        elif result.tried[i][0][1] < experiment.thresholds.varying:
+            result.verdicts[i] = "unclear"
 
     decided = ("invariant", "jointly invariant")
-    left = [i for i in leaders if found.verdicts.get(i) not in decided]
-    candidates: dict[frozenset[int], tuple[Any, tuple[int, ...], Unit]] = {}
+    left = [i for i in leaders if result.verdicts.get(i) not in decided]
+    candidates: dict[frozenset[int], tuple[Any, tuple[int, ...], Joint]] = {}
     for i in left:
         around = sorted(
             (modules[j] != modules[i], abs(j - i), j)
             for j in open_leaves
-            if j != i and found.verdicts.get(j) not in decided and near(i, j)
+            if j != i and result.verdicts.get(j) not in decided and near(i, j)
         )
         others_of = _cancelling(experiment, i, [j for *_, j in around[:NEAR]], kernels, modules)
         for others in others_of:
@@ -109,19 +110,19 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Found:
             if members in candidates:  # another leaf of it has come first
                 continue
             names = " and ".join(_name(experiment, j, modules[i]) for j in others)
-            best = _finest(experiment, (i, *others), found.tried[i], f" with {names}")
+            best = _finest(experiment, (i, *others), result.tried[i], f" with {names}")
             if best is not None:
                 count = math.prod(best[i].shape(shapes[i]))
                 order = len({modules[j] for j in members}), len(members), -count, left.index(i)
                 candidates[members] = order, (i, *others), best
     # Of the sets that a leaf may belong to: the fewest modules, then leaves, the finest groups.
-    for _, numbers, best in sorted(candidates.values(), key=lambda each: each[0]):
-        if not any(found.verdicts.get(j) in decided for j in numbers):
+    for _, numbers, best in sorted(candidates.values(), key=lambda candidate: candidate[0]):
+        if not any(result.verdicts.get(j) in decided for j in numbers):
             accept(numbers, best)
     for i in open_leaves:
         verdict = "not invariant" if i in leaders else "one-dimensional, no kernel"
-        found.verdicts.setdefault(i, verdict)
-    return found
+        result.verdicts.setdefault(i, verdict)
+    return result
 
 
 def module_of(keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -186,7 +187,7 @@ def _cancelling(
 
 def _added(experiment: Experiment, i: int, j: int) -> bool:
     """Whether what depends on one leaf is added to what depends on the other, and not on both."""
-    a, b = (1 << experiment.floating.index(each) for each in (i, j))
+    a, b = (1 << experiment.floating.index(leaf) for leaf in (i, j))
     return any(
         (left & a and right & b and not (left & b or right & a))
         or (left & b and right & a and not (left & a or right & b))
@@ -202,7 +203,7 @@ def _finest(
     numbers: tuple[int, ...],
     tried: list[tuple[str, float]],
     suffix: str,
-) -> Unit | None:
+) -> Joint | None:
     """The finest invariant partition, looked for from coarse to fine; `None` if none is.
 
     The first leaf's index axes are matched by axes of the same sizes in the others.
@@ -210,20 +211,20 @@ def _finest(
     shapes = {i: experiment.shape(i) for i in numbers}
     shape = shapes[numbers[0]]
 
-    def invariant(name: str, unit: Unit) -> bool:
-        deviation = experiment.deviation(unit)
+    def invariant(name: str, joint: Joint) -> bool:
+        deviation = experiment.deviation(joint)
         tried.append((name + suffix, deviation))
         return deviation <= experiment.thresholds.invariant
 
-    whole: Unit = {i: RadialGroup(index_axes=()) for i in shapes}
+    whole: Joint = {i: RadialGroup(index_axes=()) for i in shapes}
     if not invariant("whole", whole):
         return None
     passed = {1: whole}  # by number of groups
 
     def passes(name: str, axes: tuple[int, ...], num_blocks: int | None = None) -> bool:
         count = math.prod(shape[axis] for axis in axes[:-1]) * (num_blocks or shape[axes[-1]])
-        for unit in _matched(axes, shapes):
-            split = {i: dataclasses.replace(g, num_blocks=num_blocks) for i, g in unit.items()}
+        for joint in _matched(axes, shapes):
+            split = {i: dataclasses.replace(g, num_blocks=num_blocks) for i, g in joint.items()}
             if invariant(name, split):
                 passed[count] = split
                 return True
@@ -242,7 +243,7 @@ def _finest(
     return passed[max(passed)]
 
 
-def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Iterator[Unit]:
+def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Iterator[Joint]:
     """The given axes of the first leaf, with all choices of such axes in the others."""
     (first, shape), *others = shapes.items()
     sizes = [shape[axis] for axis in axes]
@@ -255,10 +256,10 @@ def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Itera
         for _, other in others
     ]
     for chosen in itertools.product(*choices):
-        unit = {first: _group(axes, shape)}
-        for (i, other), each in zip(others, chosen, strict=True):
-            unit[i] = _group(each, other)
-        yield unit
+        joint = {first: _group(axes, shape)}
+        for (i, other), other_axes in zip(others, chosen, strict=True):
+            joint[i] = _group(other_axes, other)
+        yield joint
 
 
 def _group(axes: tuple[int, ...], shape: tuple[int, ...]) -> RadialGroup:
