@@ -18,7 +18,7 @@ def confirm(
 ) -> tuple[list[Joint], dict[int, float]]:
     """The joints that may be scaled, and by how much the others' scaling changes the outputs.
 
-    Corrects the verdicts on leaves that turn out to be wrong.
+    Verdicts that turn out to be wrong are corrected in the result.
     """
     dropped = moving(experiment, result.joints, progress)
     for i, change in dropped.items():

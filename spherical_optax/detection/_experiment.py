@@ -61,10 +61,9 @@ class Experiment:
       points: Where gradients were taken.
       noise: How much p of each leaf changes where the parameters change in their last place.
       unrest: How much the outputs do.
-      narrowest: The narrowest floating dtype that is computed in: float32 or a wider one, unless
-        the program reads the bits of narrow numbers.
       thresholds: What deviations say.
-      is_narrow: Whether that is half precision.
+      is_narrow: Whether it computes in half precision: then the program reads the bits of narrow
+        numbers, and any other is computed in float32 at least.
       sums: What the program adds to what, in numbers of floating leaves.
       used: Whether the outputs depend on the floating leaves at all.
       kernels: The leaves that are contracted with data, or looked up in.
@@ -113,26 +112,15 @@ class Experiment:
                 stacklevel=4,
             )
         self._evaluate = _evaluation(_program.without_epsilon(program))
-        self.narrowest = _widened.narrowest(program)
-        self.is_narrow = bool(jnp.finfo(self.narrowest).bits < 32)
-        coarsest = float(jnp.finfo(self.narrowest).eps)
+        narrowest = jnp.finfo(_widened.narrowest(program))
+        self.is_narrow = bool(narrowest.bits < 32)
+        coarsest = float(narrowest.eps)
         self.thresholds = Thresholds(max(2e-3, 4 * coarsest), max(1e-2, 12 * coarsest))
         self.forward_passes = 0
         self.points: list[Point] = []
         self._sums: dict[Any, np.ndarray] = {}
         self._counted = [np.ones(out.shape, bool) for out in program.out_avals]
-        known = all(map(is_known, floats))
-        ready = self._first_point(floats, known)
-        for near in (known, False):
-            number = len(self.points)
-            progress(f"gradient at point {number + 1} of {POINTS}")
-            if number == 0 and ready is not None:
-                self.points.append(ready)
-                continue
-            self._look(
-                functools.partial(drawn, floats, number, near, shrink)
-                for shrink in (1.0, 0.5, 0.25, 0.0625)
-            )
+        self._look_at_first(floats, progress)
         if len(self.points) < 2:
             raise ValueError(
                 f"{who}: expected finite outputs of fn, found NaN or infinity in them or in their "
@@ -144,8 +132,23 @@ class Experiment:
         self.noise = {i: _relative(p, again[i]) for i, p in first.products.items()}
         self.unrest = max(map(_relative, first.outputs, outputs), default=0.0)
 
+    def _look_at_first(self, floats: list[Any], progress: Progress) -> None:
+        """Adds two points: near the values of the leaves, if these are known, and at random."""
+        known = all(map(is_known, floats))
+        first = self._first_point(floats, known)
+        for near in (known, False):
+            number = len(self.points)
+            progress(f"gradient at point {number + 1} of {POINTS}")
+            if number == 0 and first is not None:
+                self.points.append(first)
+                continue
+            self._look(
+                functools.partial(drawn, floats, number, near, shrink)
+                for shrink in (1.0, 0.5, 0.25, 0.0625)
+            )
+
     def _first_point(self, floats: list[Any], known: bool) -> Point | None:
-        """The first point, if nothing is to be seen to there.
+        """The first point; `None` if it must be taken again: something is not finite or too large.
 
         Entries of the outputs that are not finite or drown the others, and are the same at
         another point, are left out from then on: logits that are masked with -1e9 or -inf say

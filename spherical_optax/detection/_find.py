@@ -274,7 +274,7 @@ def _searched(
 ) -> tuple[Experiment, Result]:
     """The experiment, and what is invariant at all its points.
 
-    The points do not depend on `vectors`, so that a mask that is found is found right.
+    The points do not depend on `vectors`: what one search finds, the other confirms.
     """
     experiment = Experiment(who, fn, params, args, progress)
     first = search(experiment, False, lambda line: None)

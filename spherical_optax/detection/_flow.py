@@ -4,7 +4,9 @@ Each question is one value per variable, and a rule that makes the value of an o
 results of those of its operands; programs inside of operations are followed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,16 +21,16 @@ CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
 def sums(program: core.ClosedJaxpr) -> list[Sum]:
     """What is added to what: which of the program's inputs both sides depend on."""
-    found: set[Sum] = set()
+    pairs: set[Sum] = set()
 
     def rule(name: str, operands: Sequence[int]) -> int:
         if name in ("add", "add_any", "sub", "concatenate"):
             for n, a in enumerate(operands):
-                found.update((a, b) for b in operands[n + 1 :] if a & ~b and b & ~a)
+                pairs.update((a, b) for b in operands[n + 1 :] if a & ~b and b & ~a)
         return _union(operands)
 
     _flow(program.jaxpr, _bits(program), 0, rule)
-    return sorted(found)
+    return sorted(pairs)
 
 
 def is_used(program: core.ClosedJaxpr) -> bool:
@@ -41,17 +43,17 @@ def kernels(program: core.ClosedJaxpr) -> set[int]:
 
     Data is what the program closes over. A scale or a bias meets it entry by entry first.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
 
     def rule(name: str, operands: Sequence[tuple[int, bool]]) -> tuple[int, bool]:
         if name in (*CONTRACTIONS, "gather"):
             for bits, data in operands:
-                found.update(_numbers(bits) if not data else ())
+                numbers.update(_numbers(bits) if not data else ())
         return _union(bits for bits, _ in operands), any(data for _, data in operands)
 
-    given = [(bits, False) for bits in _bits(program)]
-    _flow(program.jaxpr, given, (0, False), rule, data=(0, True))
-    return found
+    values = [(bits, False) for bits in _bits(program)]
+    _flow(program.jaxpr, values, (0, False), rule, data=(0, True))
+    return numbers
 
 
 def inputs(program: core.ClosedJaxpr, parameters: int) -> set[int]:
@@ -63,19 +65,19 @@ def inputs(program: core.ClosedJaxpr, parameters: int) -> set[int]:
       program: Its first inputs are the parameters, the others the arguments.
       parameters: How many parameters there are.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
 
     def rule(name: str, operands: Sequence[tuple[int, bool]]) -> tuple[int, bool]:
         arguments = _union(bits for bits, _ in operands) >> parameters
         on_parameters = any(bits & ((1 << parameters) - 1) for bits, _ in operands)
-        contracted = any(each for _, each in operands)
+        contracted = any(flag for _, flag in operands)
         if name in CONTRACTIONS and on_parameters:
-            found.update(_numbers(arguments) if not contracted else ())
+            numbers.update(_numbers(arguments) if not contracted else ())
             contracted = True
         return _union(bits for bits, _ in operands), contracted
 
     _flow(program.jaxpr, [(bits, False) for bits in _bits(program)], (0, False), rule)
-    return found
+    return numbers
 
 
 def _bits(program: core.ClosedJaxpr) -> list[int]:
@@ -86,16 +88,13 @@ def _numbers(bits: int) -> list[int]:
     return [n for n in range(bits.bit_length()) if bits >> n & 1]
 
 
-def _union(bits: Any) -> int:
-    total = 0
-    for each in bits:
-        total |= each
-    return total
+def _union(bits: Iterable[Any]) -> int:
+    return functools.reduce(operator.or_, bits, 0)
 
 
 def _flow(
     jaxpr: core.Jaxpr,
-    given: Sequence[Value],
+    values: Sequence[Value],
     nothing: Value,
     rule: Callable[[str, Sequence[Value]], Value],
     data: Value | None = None,
@@ -104,19 +103,19 @@ def _flow(
 
     Args:
       jaxpr: The program.
-      given: The values of its inputs.
+      values: Those of its inputs.
       nothing: That of literals, and of what is not followed.
       rule: From an operation's name and its operands' values to that of its results.
       data: That of the constants that the program closes over, if not `nothing`.
     """
-    known: dict[Any, Value] = dict(zip(jaxpr.invars, given, strict=True))
+    known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
     known |= dict.fromkeys(jaxpr.constvars, nothing if data is None else data)
 
-    def of(operand: Any) -> Value:
+    def value_of(operand: Any) -> Value:
         return nothing if isinstance(operand, core.Literal) else known.get(operand, nothing)
 
     for eqn in jaxpr.eqns:
-        operands = [of(each) for each in eqn.invars]
+        operands = list(map(value_of, eqn.invars))
         everything = rule(eqn.primitive.name, operands)
         outputs = [everything] * len(eqn.outvars)
         for inner in _inner_programs(eqn):
@@ -129,7 +128,7 @@ def _flow(
             if len(results) == len(outputs):
                 outputs = results
         known.update(zip(eqn.outvars, outputs, strict=True))
-    return [of(each) for each in jaxpr.outvars]
+    return list(map(value_of, jaxpr.outvars))
 
 
 def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:

@@ -78,19 +78,19 @@ def without_epsilon(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
 def _rewritten(value: Any) -> Any:
     """A program, or a parameter of an operation that may hold some."""
     if isinstance(value, tuple | list) and any(
-        isinstance(each, core.ClosedJaxpr | core.Jaxpr) for each in value
+        isinstance(inner, core.ClosedJaxpr | core.Jaxpr) for inner in value
     ):
-        return type(value)(_rewritten(each) for each in value)
+        return type(value)(map(_rewritten, value))
     if not isinstance(value, core.Jaxpr):  # from JAX 0.12 on a closed one is one too
         if isinstance(value, core.ClosedJaxpr):
             return value.replace(jaxpr=_rewritten(value.jaxpr))
         return value
     eqns = []
     for eqn in value.eqns:
-        params = {name: _rewritten(each) for name, each in eqn.params.items()}
+        params = {name: _rewritten(param) for name, param in eqn.params.items()}
         invars = eqn.invars
         if eqn.primitive.name == "add":
-            invars = [_smaller(each) for each in invars]
+            invars = list(map(_smaller, invars))
         eqns.append(eqn.replace(params=params, invars=invars))
     return value.replace(eqns=eqns)
 

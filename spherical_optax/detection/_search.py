@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from spherical_optax.groups import Joint, RadialGroup
 NEAR = 13  # leaves that may belong to one group with another; all their subsets are tried
 MODULES = 3  # over which a joint group may extend
 
-NO_EFFECT = "no effect on the outputs"
+NO_EFFECT = "no effect on the outputs"  # a verdict
+
+Module: TypeAlias = tuple[str, ...]
+"""The path of a module."""
 
 
 class Result(NamedTuple):
@@ -36,39 +39,17 @@ class Result(NamedTuple):
 
 def search(experiment: Experiment, vectors: bool, progress: Progress) -> Result:
     """Finds the finest invariant partition of each leaf, alone or jointly with others."""
-    modules = {i: module_of(experiment.leaves[i].keys) for i in experiment.floating}
+    modules = {i: _module_of(experiment.leaves[i].keys) for i in experiment.floating}
     shapes = {i: experiment.shape(i) for i in experiment.floating}
     result = Result([], {i: [] for i in experiment.floating}, {}, {})
 
     def has_effect(i: int) -> bool:
-        return experiment.has_effect(i, [j for j in experiment.floating if near(i, j)])
+        near = [j for j in experiment.floating if _near(modules[i], modules[j])]
+        return experiment.has_effect(i, near)
 
-    def near(i: int, j: int) -> bool:
-        """Whether two leaves are of one module, of two side by side, or of one in the other."""
-        a, b = modules[i], modules[j]
-        if a == b or (a and a[:-1] == b) or (b and b[:-1] == a):
-            return True
-        return bool(a and b) and a[:-1] == b[:-1]
-
-    open_leaves = [i for i in experiment.floating if has_effect(i)]
+    open_leaves = list(filter(has_effect, experiment.floating))
     result.verdicts.update({i: NO_EFFECT for i in experiment.floating if i not in open_leaves})
-
-    def kernel(i: int) -> bool:
-        if i not in experiment.kernels and is_vector(shapes[i][1:]) and stacked(i):
-            return False
-        others = (shapes[j] for j in open_leaves if j != i and modules[j] == modules[i])
-        return not is_vector(shapes[i], others)
-
-    def stacked(i: int) -> bool:
-        """Whether all leaves around this one, kernels among them, have its first axis."""
-        for depth in range(len(modules[i]) + 1):
-            around = [j for j in modules if modules[j][:depth] == modules[i][:depth]]
-            sizes = {shapes[j][:1] if len(shapes[j]) > 1 else () for j in around}
-            if len(sizes) == 1 and experiment.kernels & set(around):
-                return True
-        return False
-
-    kernels = {i for i in open_leaves if kernel(i)}
+    kernels = _kernels(experiment, open_leaves, modules, shapes)
     leaders = sorted(
         open_leaves if vectors else kernels,
         key=lambda i: (i not in kernels, -math.prod(shapes[i]), i),
@@ -102,7 +83,7 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Result:
         around = sorted(
             (modules[j] != modules[i], abs(j - i), j)
             for j in open_leaves
-            if j != i and result.verdicts.get(j) not in decided and near(i, j)
+            if j != i and result.verdicts.get(j) not in decided and _near(modules[i], modules[j])
         )
         others_of = _cancelling(experiment, i, [j for *_, j in around[:NEAR]], kernels, modules)
         for others in others_of:
@@ -125,22 +106,51 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Result:
     return result
 
 
-def module_of(keys: tuple[str, ...]) -> tuple[str, ...]:
+def _kernels(
+    experiment: Experiment,
+    open_leaves: Sequence[int],
+    modules: dict[int, Module],
+    shapes: dict[int, tuple[int, ...]],
+) -> set[int]:
+    """Those of the leaves that are kernels, and no biases or scales."""
+
+    def is_stacked(i: int) -> bool:
+        """Whether all leaves around this one, kernels among them, have its first axis."""
+        for depth in range(len(modules[i]) + 1):
+            around = [j for j in modules if modules[j][:depth] == modules[i][:depth]]
+            sizes = {shapes[j][:1] if len(shapes[j]) > 1 else () for j in around}
+            if len(sizes) == 1 and experiment.kernels & set(around):
+                return True
+        return False
+
+    def is_kernel(i: int) -> bool:
+        if i not in experiment.kernels and is_vector(shapes[i][1:]) and is_stacked(i):
+            return False
+        others = (shapes[j] for j in open_leaves if j != i and modules[j] == modules[i])
+        return not is_vector(shapes[i], others)
+
+    return set(filter(is_kernel, open_leaves))
+
+
+def _near(a: Module, b: Module) -> bool:
+    """Whether two modules are the same, side by side, or one in the other."""
+    above_a, above_b = (module[:-1] if module else None for module in (a, b))
+    return a in (b, above_b) or above_a in (b, above_b)
+
+
+def _module_of(keys: tuple[str, ...]) -> Module:
     """The path of a leaf's module; keys may hold slashes themselves, as Keras's paths do."""
     return tuple("/".join(keys).split("/")[:-1])
 
 
-def _common(modules: Sequence[tuple[str, ...]]) -> str:
+def _common(modules: Sequence[Module]) -> str:
     """The path that modules have in common, as a label."""
-    length = 0
-    for length, keys in enumerate(zip(*modules, strict=False), start=1):
-        if len(set(keys)) > 1:
-            length -= 1
-            break
-    return "/".join(modules[0][:length]) or "joint"
+    names = zip(*modules, strict=False)
+    common = itertools.takewhile(lambda name: len(set(name)) == 1, names)
+    return "/".join(name for name, *_ in common) or "joint"
 
 
-def _name(experiment: Experiment, j: int, module: tuple[str, ...]) -> str:
+def _name(experiment: Experiment, j: int, module: Module) -> str:
     keys = "/".join(experiment.leaves[j].keys).split("/")
     return keys[-1] if tuple(keys[:-1]) == module else "/".join(keys[-2:])
 
@@ -153,7 +163,7 @@ def _cancelling(
     i: int,
     near: list[int],
     kernels: set[int],
-    modules: dict[int, tuple[str, ...]],
+    modules: dict[int, Module],
 ) -> Iterator[tuple[int, ...]]:
     """Smallest sets of leaves whose p sum to zero together with those of leaf i.
 
@@ -245,21 +255,19 @@ def _finest(
 
 def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Iterator[Joint]:
     """The given axes of the first leaf, with all choices of such axes in the others."""
-    (first, shape), *others = shapes.items()
-    sizes = [shape[axis] for axis in axes]
+    first, *others = shapes.values()
+    sizes = [first[axis] for axis in axes]
     choices = [
         [
             chosen
             for chosen in itertools.combinations(range(len(other)), len(axes))
             if [other[axis] for axis in chosen] == sizes
         ]
-        for _, other in others
+        for other in others
     ]
-    for chosen in itertools.product(*choices):
-        joint = {first: _group(axes, shape)}
-        for (i, other), other_axes in zip(others, chosen, strict=True):
-            joint[i] = _group(other_axes, other)
-        yield joint
+    for chosen in itertools.product([axes], *choices):
+        pairs = zip(shapes.items(), chosen, strict=True)
+        yield {i: _group(own_axes, shape) for (i, shape), own_axes in pairs}
 
 
 def _group(axes: tuple[int, ...], shape: tuple[int, ...]) -> RadialGroup:

@@ -40,7 +40,7 @@ def widened(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
 def _wide(program: Any) -> core.ClosedJaxpr:
     closed = isinstance(program, core.ClosedJaxpr)
     jaxpr = program.jaxpr if closed else program
-    consts = [wide(each) for each in program.consts] if closed else []
+    consts = list(map(wide, program.consts)) if closed else []
     shapes = [
         jax.ShapeDtypeStruct(var.aval.shape, _wide_dtype(var.aval.dtype)) for var in jaxpr.invars
     ]
@@ -59,7 +59,7 @@ def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
         narrow = _is_narrow_eqn(eqn)
         inner = list(_programs(eqn.params.values()))
         if narrow and eqn.primitive.name in CALLS and inner:
-            closed = [each for each in eqn.params.values() if isinstance(each, core.ClosedJaxpr)]
+            closed = [p for p in eqn.params.values() if isinstance(p, core.ClosedJaxpr)]
             kept = list(map(wide, closed[0].consts)) if closed else []
             results = _run(inner[0], kept, list(map(value, eqn.invars)))
         else:
@@ -67,21 +67,21 @@ def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
                 raise NotWidenedError("it reads the bits of narrow numbers")
             results = _alone(jaxpr, _widened_eqn(eqn) if narrow else eqn, known)
         known.update(zip(eqn.outvars, map(wide, results), strict=True))
-    return [value(each) for each in jaxpr.outvars]
+    return list(map(value, jaxpr.outvars))
 
 
 def _alone(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, known: dict[Any, Any]) -> list[Any]:
     """The results of one operation of a program."""
-    read = list(dict.fromkeys(each for each in eqn.invars if not isinstance(each, core.Literal)))
+    read = list(dict.fromkeys(var for var in eqn.invars if not isinstance(var, core.Literal)))
     single = jaxpr.replace(constvars=[], invars=read, outvars=list(eqn.outvars), eqns=[eqn])
-    return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*(known[each] for each in read))
+    return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*(known[var] for var in read))
 
 
 def _widened_eqn(eqn: core.JaxprEqn) -> core.JaxprEqn:
-    params = {name: _param(each) for name, each in eqn.params.items()}
+    params = {name: _param(value) for name, value in eqn.params.items()}
     if eqn.primitive.name == "reduce_precision" and params["mantissa_bits"] < 23:
         params |= {"exponent_bits": 8, "mantissa_bits": 23}
-    invars = [_literal(each) if isinstance(each, core.Literal) else each for each in eqn.invars]
+    invars = [_literal(var) if isinstance(var, core.Literal) else var for var in eqn.invars]
     return eqn.replace(params=params, invars=invars)
 
 

@@ -87,11 +87,8 @@ def entries_of(groups: Groups, tree: Any, leaves: list[_trees.Leaf]) -> list[Ent
 
 def _rules_or_tree(groups: Any, tree: Any) -> Any:
     """Rules, or a tree of groups."""
-    for helper in _HELPERS:
-        if groups is helper:
-            raise TypeError(
-                f"groups: expected a group, found a function; call {helper.__name__}(...)."
-            )
+    if any(groups is helper for helper in _HELPERS):
+        raise TypeError(f"groups: expected a group, found a function; call {groups.__name__}(...).")
     if hasattr(groups, "init") and hasattr(groups, "update"):
         raise TypeError(
             "groups: expected groups, found a gradient transformation; compose transformations "

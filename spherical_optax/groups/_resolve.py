@@ -94,14 +94,11 @@ def _checked(leaf: _trees.Leaf, group: Entry) -> RadialGroup | None:
         )
     shape, dtype = leaf.value.shape, leaf.value.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
+        split = ", or wrap the optimizer in optax.contrib.split_real_and_imaginary"
         raise TypeError(
             f"{leaf.path} of shape {shape}: expected a real floating dtype for a leaf with "
             f"a radial group, found {dtype}; give this leaf None"
-            + (
-                ", or wrap the optimizer in optax.contrib.split_real_and_imaginary."
-                if jnp.issubdtype(dtype, jnp.complexfloating)
-                else "."
-            )
+            f"{split if jnp.issubdtype(dtype, jnp.complexfloating) else ''}."
         )
     try:
         group.shape(shape)
@@ -187,5 +184,5 @@ def joints_at_init(groups: Groups, params: Any, keeps_radius: str | None = None)
             "index_axes, or give the leaf no group.",
             stacklevel=2,
         )
-    warn_of_windows(joints, params)
+    warn_of_windows(joints, leaves)
     return joints

@@ -41,7 +41,7 @@ def describe_groups(params: Any, groups: Groups) -> str:
     """
     params = _complex.split(params)
     joints, leaves = joints_of(groups, params), _trees.visible_leaves(params)
-    warn_of_windows(joints, params)
+    warn_of_windows(joints, leaves)
     rows = [[leaf.path, str(np.shape(leaf.value)), "-", "-", "-"] for leaf in leaves]
     values = [leaf.value for leaf in leaves]
     for joint in joints:

@@ -1,15 +1,13 @@
 """A warning of groups that look like columns of a convolution's window."""
 
 import warnings
-from typing import Any
 
 from spherical_optax import _trees
 from spherical_optax.groups._group import Joint, RadialGroup
 
 
-def warn_of_windows(joints: list[Joint], params: Any) -> None:
+def warn_of_windows(joints: list[Joint], leaves: list[_trees.Leaf]) -> None:
     """Warns the caller's caller of such groups."""
-    leaves = _trees.visible_leaves(params)
     suspects = []
     for i, group in (item for joint in joints for item in joint.items()):
         shape = leaves[i].value.shape
