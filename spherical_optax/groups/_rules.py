@@ -3,9 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from spherical_optax import _trees
 from spherical_optax.groups._group import Entry, RadialGroup, is_entry
+
+P = TypeVar("P", str, re.Pattern[str])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +84,10 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     return PathRules(tuple(rules.items()))
 
 
-def first_match(patterns: Iterable[str], path: str) -> re.Match[str] | None:
-    """The match of the first pattern that is found in a path, `None` if none is."""
-    return next((match for pattern in patterns if (match := re.search(pattern, path))), None)
+def first_match(patterns: Iterable[P], path: str) -> tuple[P, re.Match[str]] | None:
+    """The first pattern that is found in a path, with its match; `None` if none is."""
+    matches = ((pattern, re.search(pattern, path)) for pattern in patterns)
+    return next(((pattern, match) for pattern, match in matches if match), None)
 
 
 def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[Entry]:
@@ -94,8 +98,8 @@ def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[Entry]:
     result: list[Entry] = []
     for leaf in leaves:
         group: Entry = None
-        if match := first_match(group_of, leaf.path):
-            pattern = match.re.pattern
+        if first := first_match(group_of, leaf.path):
+            pattern, match = first
             deciding.add(pattern)
             group = group_of[pattern]
             if isinstance(group, RadialGroup) and group.joint is not None:
