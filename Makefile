@@ -2,8 +2,9 @@
 # and install what they need into .venv, in the versions of tests/locked.txt, which `make lock`
 # makes anew. `make test-slow` runs whole programs, eight devices, and kills and resumes.
 # `make test-oldest` runs all tests in .venv-oldest, with the oldest versions that pyproject.toml
-# admits, `make test-newest` in .venv-newest, with the newest; `make test-fuzz` draws 1000 random
-# examples for each law, which takes a quarter of an hour. `make bench-compiled`,
+# admits, `make test-newest` in .venv-newest, with the newest, on a Python of 3.12 or later if there
+# is one; `make test-fuzz` draws 1000 random examples for each law, which takes a quarter of an hour.
+# `make bench-train` measures on the versions of `make test` and on the newest. `make bench-compiled`,
 # `make bench-sharded` and `make test-accelerators` look at the programs for accelerators that are
 # not there, in .venv-accelerators. `make build` builds what is released, in .venv-release, and
 # checks it; `make docs` makes the documentation, in .venv-docs; `make types` asks pyright, in
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-newest test-fuzz test-accelerators lint lock bench bench-compiled bench-sharded build docs types clean
+.PHONY: demo test test-slow test-oldest test-newest test-fuzz test-accelerators lint lock bench bench-train bench-compiled bench-sharded build docs types clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -47,12 +48,17 @@ lock: .venv-release/installed
 # Short forms of the benchmarks, under 5 minutes; without options they take longer.
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py --tree resnet18 --sweeps 1 --out out/benchmarks
-	$(BIN)/python benchmarks/train.py --rounds 5 --budget 30 --out out/benchmarks
+	$(BIN)/python benchmarks/train.py --network columns unrolled --width 512 --depth 4 --rounds 5 --out out/benchmarks
 	$(BIN)/python benchmarks/scaling.py --parameters 1e5 1e6 1e7 --layers 10 100 --kernels 10 100 --rounds 11 --out out/benchmarks
 	$(BIN)/python benchmarks/memory.py --dtype float32 --out out/benchmarks
 	$(BIN)/python benchmarks/recorders.py --rounds 100 --out out/benchmarks
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
+
+# The first table of the page on speed: a quarter of an hour for each version.
+bench-train: .venv/installed .venv-newest/installed
+	$(BIN)/python benchmarks/train.py
+	.venv-newest/bin/python benchmarks/train.py
 
 # Compile for accelerators that are not there, and run nothing: a quarter of an hour, 7 minutes.
 bench-compiled: .venv-accelerators/installed
@@ -82,6 +88,7 @@ types: .venv-types/installed
 .venv/installed: VERSIONS := --constraint tests/locked.txt
 .venv-oldest/installed: tests/oldest.txt
 .venv-oldest/installed: VERSIONS := --constraint tests/oldest.txt
+.venv-newest/installed: PYTHON = $(shell .ci/newest_python)
 .venv-accelerators/installed: EXTRA := accelerators
 .venv-docs/installed: EXTRA := docs
 .venv-release/installed: EXTRA := release

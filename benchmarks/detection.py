@@ -16,7 +16,7 @@ import tyro
 from measure import check_out, print_table, write
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def main(config: Config) -> None:
                 "model": name,
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
                 "leaves": len(found.findings),
-                "with groups": sum(len(unit) for unit in radial_units(found, params)),
+                "with groups": sum(len(unit) for unit in joints_of(found, params)),
                 "seconds": time.perf_counter() - start,
                 "forward passes": found.forward_passes,
             }

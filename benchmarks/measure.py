@@ -19,8 +19,8 @@ import optax
 import spherical_optax as so
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))
-from outputs import check_out as check_out
-from outputs import print_rows
+from helpers.outputs import check_out as check_out
+from helpers.outputs import print_rows
 
 Row: TypeAlias = dict[str, Any]
 Make: TypeAlias = Callable[[so.Groups], optax.GradientTransformation]
@@ -34,9 +34,9 @@ OPTIMIZERS: dict[str, Make] = {
     "adams": lambda groups: so.adams(RATE, groups=groups),
     "adamsrt": lambda groups: so.adamsrt(RATE, groups=groups),
     "sgdmrt": lambda groups: so.sgdmrt(RATE, groups=groups),
-    "adamg": lambda groups: so.adamg(RATE, groups=groups),
+    "adamg": lambda groups: so.adamg(RATE, groups=groups, other=optax.adam(RATE)),
     "adamp": lambda groups: so.adamp(RATE, groups=groups),
-    "hyperball": lambda groups: so.adamh(RATE, groups=groups, other_learning_rate=RATE),
+    "hyperball": lambda groups: so.adamh(RATE, groups=groups, other=optax.adam(RATE)),
     "rotational_adamw": lambda groups: so.rotational_adamw(RATE, groups=groups),
     "adamsrt, composed": lambda groups: optax.chain(
         so.transport_moments(so.scale_by_adams(groups=groups), groups),
@@ -94,7 +94,11 @@ def describe_program(compiled: jax.stages.Compiled, parameters: int) -> Row:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Any]], *, budget: float, rounds: int
+    runs: dict[str, Callable[[], Any]],
+    *,
+    budget: float,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
     """Seconds of each run, all once per round, after a round that is not counted.
 
@@ -104,10 +108,10 @@ def interleave(
     began = time.perf_counter()
     for count in range(rounds + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(run())
             if count:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
         if count >= 3 and time.perf_counter() - began > budget:
             break
     return {name: np.array(values) for name, values in times.items()}

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from measure import Row, check_out, print_table, write
 
 import spherical_optax as so
-from spherical_optax.groups import radial_units
+from spherical_optax.groups import joints_of
 
 Target: TypeAlias = Literal["256 h100", "512 v5p"]
 Layout: TypeAlias = Literal["fsdp", "fsdp x tensor"]
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 CASES = {
     "optax.adam": Case(optax.adam(1e-3), None, 0),
     "adamsrt": Case(so.adamsrt(1e-3, groups=HEADS), HEADS, 5),
-    "hyperball": Case(so.adamh(1e-3, groups=MATRICES, other_learning_rate=1e-3), MATRICES, 3),
+    "hyperball": Case(so.adamh(1e-3, groups=MATRICES, other=optax.adam(1e-3)), MATRICES, 3),
 }
 
 
@@ -228,7 +228,7 @@ def program(name: str, devices: list[Any], layout: Layout, config: Config) -> Pr
         for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(state_where), strict=True)
     )
     parts = 0  # groups of which a device has a part
-    for unit in radial_units(groups, params) if groups else []:
+    for unit in joints_of(groups, params) if groups else []:
         for i, group in unit.items():
             x = jax.tree.leaves(params)[i]
             axes = group.axes(len(x.shape))

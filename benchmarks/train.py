@@ -1,183 +1,236 @@
-"""A full training step of two networks: what the optimizer's share of it is.
+"""What an optimizer adds to a training step: time and temporary memory, and what compiling takes.
 
-ResNet20 on 32x32 images and a small transformer with QK-norm: forward, backward, update. All
-optimizers run interleaved, each also alone; the share is the optimizer's step alone over the
-training step, in the same round.
+CPU seconds of a jitted, donated training step beyond those of the same step with plain SGD, to
+what Adam adds; temporary memory to that of the parameters. The networks are ten normalized layers
+of 1536 x 1536, with a group per column or per layer, and eight convolutions of 3 x 3 with
+BatchNorm; and a transformer of 24 unrolled layers, whose update alone is traced and compiled. All
+optimizers run interleaved. Results of several versions of JAX are kept beside each other.
 
-    python benchmarks/train.py
-    python benchmarks/train.py --network resnet20 --rounds 5
+    make bench-train
+    .venv/bin/python benchmarks/train.py --network columns --optimizer adamsrt adamh
 """
 
 import dataclasses
 import functools
+import json
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import trees
 import tyro
 from measure import (
     OPTIMIZERS,
     Row,
+    check_optimizers,
     check_out,
-    compile_step,
     interleave,
+    machine,
     print_table,
-    ratio,
     spread,
-    stepper,
-    write,
 )
 
 import spherical_optax as so
 
-Name: TypeAlias = Literal["resnet20", "transformer"]
-NAMES = ("optax.adam", "optax.adamw", "optax.sgd", "adams", "adamsrt", "sgdmrt")
+Name: TypeAlias = Literal["columns", "layers", "convolutions", "unrolled"]
+NAMES = ("adams", "adamsrt", "sgdmrt", "adamg", "hyperball", "rotational_adamw", "adamp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time of a training step under each optimizer."""
+    """What optimizers add to a training step."""
 
     network: tuple[Name, ...] = get_args(Name)
-    """Networks."""
-    rounds: int = 21
-    """Steps of each."""
-    budget: float = 240.0
-    """Seconds for each network, after which it ends with fewer rounds, 3 at least."""
+    """Networks; `unrolled` is only compiled."""
+    optimizer: tuple[str, ...] = NAMES
+    """Optimizers; plain SGD and Adam are always there."""
+    width: int = 1536
+    """Of the layers; a quarter of it are the channels of the convolutions."""
+    depth: int = 24
+    """Layers of the unrolled transformer."""
+    rounds: int = 25
+    """Steps of each optimizer."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for train.json."""
 
 
 class Problem(NamedTuple):
-    """A network's initial parameters, their groups and its loss on one batch."""
+    """A network's parameters, their groups and its loss."""
 
     params: Any
     groups: so.Groups
     loss: Callable[[Any], jax.Array]
 
 
-class ResNet20(nn.Module):
-    """Three stages of three residual blocks for 32x32 images, 0.27 million parameters."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False)
-        norm = functools.partial(nn.BatchNorm, use_running_average=False)
-        x = nn.relu(norm()(conv(16, (3, 3))(x)))
-        for width in (16, 32, 64):
-            for block in range(3):
-                stride = 2 if width > 16 and block == 0 else 1
-                y = nn.relu(norm()(conv(width, (3, 3), stride)(x)))
-                y = norm()(conv(width, (3, 3))(y))
-                if stride == 2:
-                    x = norm()(conv(width, (1, 1), stride)(x))
-                x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean(axis=(1, 2)))
+def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
-class Transformer(nn.Module):
-    """Four layers of width 128 with QK-norm, 1.1 million parameters."""
+def normalized(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    centred = x - x.mean(axes, keepdims=True)
+    return jax.nn.relu(centred * jax.lax.rsqrt(x.var(axes, keepdims=True) + 1e-6))
 
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x, mask = nn.Embed(1024, 128)(tokens), nn.make_causal_mask(tokens)
-        for _ in range(4):
-            attention = nn.MultiHeadDotProductAttention(
-                num_heads=4, normalize_qk=True, use_bias=False
+
+def layers(width: int, group: so.RadialGroup, axis: int) -> Problem:
+    """Ten linear layers, each normalized over an axis: over the batch, columns are invariant."""
+    params = {f"layer{n}": normal(n, (width, width), width**-0.5) for n in range(10)}
+    inputs = normal(10, (8, width))
+
+    def loss(params: Any) -> jax.Array:
+        x = inputs
+        for kernel in params.values():
+            x = normalized(x @ kernel, (axis,))
+        return jnp.square(x).mean()
+
+    return Problem(params, dict.fromkeys(params, group), loss)
+
+
+def convolutions(width: int) -> Problem:
+    """Eight convolutions of 3 x 3 with BatchNorm, on two images of 8 x 8."""
+    params = {f"conv{n}": normal(n, (3, 3, width, width), 0.05) for n in range(8)}
+    images = normal(8, (2, 8, 8, width))
+
+    def loss(params: Any) -> jax.Array:
+        x, dimensions = images, ("NHWC", "HWIO", "NHWC")
+        for kernel in params.values():
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=dimensions
             )
-            x = x + attention(nn.RMSNorm()(x), mask=mask)
-            x = x + nn.Dense(128)(nn.gelu(nn.Dense(512)(nn.RMSNorm()(x))))
-        return nn.Dense(1024)(nn.RMSNorm()(x))
+            x = normalized(x, (0, 1, 2))
+        return jnp.square(x).mean()
+
+    return Problem(params, dict.fromkeys(params, so.per_filter()), loss)
 
 
-def resnet20() -> Problem:
-    model = ResNet20()
-    images, labels = jax.random.normal(jax.random.key(0), (64, 32, 32, 3)), jnp.arange(64) % 10
-    variables = model.init(jax.random.key(1), images[:2])
-    rest = {"batch_stats": variables["batch_stats"]}
+def step_of(tx: optax.GradientTransformation, problem: Problem) -> Callable[[Any, Any], Any]:
+    def step(params: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(jax.grad(problem.loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
 
-    def loss(params: Any) -> jax.Array:
-        logits, _ = model.apply({"params": params, **rest}, images, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    groups = so.groups_by_path({r"Conv_\d+/kernel": so.per_filter()})
-    return Problem(variables["params"], groups, loss)
-
-
-def transformer() -> Problem:
-    model = Transformer()
-    tokens = jax.random.randint(jax.random.key(0), (8, 128), 0, 1024)
-    params = model.init(jax.random.key(1), tokens)["params"]
-
-    def loss(params: Any) -> jax.Array:
-        logits = model.apply({"params": params}, tokens)[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    groups = so.groups_by_path({r"(query|key)/kernel": so.per_head(-2)})
-    return Problem(params, groups, loss)
-
-
-def trainer(tx: optax.GradientTransformation, problem: Problem) -> Callable[[], Any]:
-    """A function of no arguments that makes one training step."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(problem.loss)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    params = jax.tree.map(jnp.array, problem.params)
-    carry = [(params, tx.init(params))]
-
-    def run() -> jax.Array:
-        *carry[0], loss = step(*carry[0])
-        return loss
-
-    return run
+    return step
 
 
 def measure(name: Name, config: Config) -> list[Row]:
-    problem = {"resnet20": resnet20, "transformer": transformer}[name]()
-    grads, runs = jax.jit(jax.grad(problem.loss))(problem.params), {}
-    for each in NAMES:
-        tx, params = OPTIMIZERS[each](problem.groups), jax.tree.map(jnp.array, problem.params)
-        runs[each] = trainer(tx, problem)
-        runs[f"{each} alone"] = stepper(compile_step(tx, params, grads), tx, params, grads)
-    times = interleave(runs, budget=config.budget, rounds=config.rounds)
-    adam = times["optax.adam"]
-    return [
-        {
-            "optimizer": each,
-            "milliseconds": 1e3 * float(np.median(times[each])),
-            "to adam": ratio(times[each], adam),
-            "share": ratio(100 * times[f"{each} alone"], times[each]),
-            "rounds": len(adam),
+    """Time and memory of training steps."""
+    problem = {
+        "columns": lambda: layers(config.width, so.per_filter(), 0),
+        "layers": lambda: layers(config.width, so.per_layer(), 1),
+        "convolutions": lambda: convolutions(config.width // 4),
+    }[name]()
+    runs, memory = {}, {}
+    for each in ("sgd", "optax.adam", *config.optimizer):
+        tx = optax.sgd(1e-3) if each == "sgd" else OPTIMIZERS[each](problem.groups)
+        params = jax.tree.map(jnp.array, problem.params)
+        carry = [params, tx.init(params)]
+        compiled = jax.jit(step_of(tx, problem), donate_argnums=(0, 1)).lower(*carry).compile()
+        memory[each] = compiled.memory_analysis().temp_size_in_bytes
+
+        def run(compiled: Any = compiled, carry: list[Any] = carry) -> Any:
+            carry[:] = compiled(*carry)
+            return carry
+
+        runs[each] = run
+    clock = time.process_time  # seconds of all cores
+    times = interleave(runs, budget=3600, rounds=config.rounds, clock=clock)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.params))
+    adam = float(np.median(times["optax.adam"] - times["sgd"]))
+    rows = []
+    for each in runs:
+        low, middle, high = np.quantile((times[each] - times["sgd"]) / adam, (0.25, 0.5, 0.75))
+        added = {"median": float(middle), "low": float(low), "high": float(high)}
+        seconds, temporary = float(np.median(times[each])), memory[each] / size
+        rows.append({"optimizer": each, "seconds": seconds, "added": added, "memory": temporary})
+    return rows
+
+
+def compile_unrolled(config: Config) -> list[Row]:
+    """Seconds for tracing and for compiling the update of an unrolled transformer."""
+    width = 256
+    shapes = {
+        f"layer{n}": {
+            "query": {"kernel": (width, 8, width // 8)},
+            "key": {"kernel": (width, 8, width // 8)},
+            "value": {"kernel": (width, width)},
+            "out": {"kernel": (width, width)},
+            "up": {"kernel": (width, 4 * width)},
+            "down": {"kernel": (4 * width, width)},
+            "norm_attention": {"scale": (width,)},
+            "norm_mlp": {"scale": (width,)},
         }
-        for each in NAMES
+        for n in range(config.depth)
+    }
+    rules = {"query|key": so.per_head(axis=-2), "value|out|up|down": so.per_layer()}
+    params, groups = trees.abstract(shapes), so.groups_by_path(rules)
+    rows: list[Row] = []
+    for name in ("optax.adam", *config.optimizer):
+        tx = OPTIMIZERS[name](groups)
+        state = jax.eval_shape(tx.init, params)
+        seconds = np.full(2, np.inf)
+        for _ in range(3):
+
+            @functools.partial(jax.jit, donate_argnums=(0, 1))
+            def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> tuple[Any, Any]:
+                updates, state = tx.update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            moments = [time.process_time()]
+            lowered = step.lower(params, state, params)
+            moments.append(time.process_time())
+            lowered.compile()
+            moments.append(time.process_time())
+            seconds = np.minimum(seconds, np.diff(moments))
+        trace, compiling = map(float, seconds)
+        first = rows[0] if rows else {"trace": trace, "compile": compiling}
+        rows.append(
+            {
+                "optimizer": name,
+                "trace": trace,
+                "trace to adam": trace / first["trace"],
+                "compile": compiling,
+                "compile to adam": compiling / first["compile"],
+            }
+        )
+    return rows
+
+
+def show(version: str, network: str, rows: list[Row]) -> None:
+    if network == "unrolled":
+        print_table(f"JAX {version}, {network}: seconds for tracing and compiling", rows)
+        return
+    table = [
+        {
+            "optimizer": row["optimizer"],
+            "CPU ms": round(1e3 * row["seconds"], 1),
+            "added, to adam": spread(row["added"]),
+            "temporary memory": f"{row['memory']:.2f}",
+        }
+        for row in rows
     ]
+    print_table(f"JAX {version}, {network}", table)
 
 
 def main(config: Config) -> None:
     check_out(config.out, "train.json")
-    results = {name: measure(name, config) for name in config.network}
-    for name, rows in results.items():
-        table = [
-            {
-                "optimizer": row["optimizer"],
-                "ms": round(row["milliseconds"], 2),
-                "to adam": spread(row["to adam"]),
-                "share of the step (%)": spread(row["share"]),
-            }
-            for row in rows
-        ]
-        print_table(f"{name}, {rows[0]['rounds']} rounds", table)
-    print("\nMedian (quartiles) of the rounds.")
-    write(config.out, "train", {"rounds": config.rounds, "budget": config.budget}, results)
+    check_optimizers("train.py", config.optimizer)
+    path, version = config.out / "train.json", jax.__version__
+    report = json.loads(path.read_text()) if path.exists() else {}
+    results = {
+        name: compile_unrolled(config) if name == "unrolled" else measure(name, config)
+        for name in config.network
+    }
+    before = report.get("results", {}).get(version, {})
+    report.setdefault("results", {})[version] = before | results
+    for each, networks in report["results"].items():
+        for name, rows in networks.items():
+            show(each, name, rows)
+    settings = {name: getattr(config, name) for name in ("width", "depth", "rounds")}
+    path.write_text(json.dumps(report | {"machine": machine(), "settings": settings}, indent=1))
+    print(f"\nAdded: medians (quartiles) of the rounds. Wrote {path}.")
 
 
 if __name__ == "__main__":

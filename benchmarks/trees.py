@@ -84,7 +84,7 @@ def transformer(
     }
     shapes = {f"layer{i}": layer for i in range(layers)}
     shapes |= {"embedding": {"table": (vocabulary, width)}, "norm": {"scale": (width,)}}
-    return Tree(shapes, so.groups_by_path({r"(query|key)/kernel": so.per_head(-2)}))
+    return Tree(shapes, so.groups_by_path({r"(query|key)/kernel": so.per_head(axis=-2)}))
 
 
 TREES: dict[Name, Callable[[], Tree]] = {

@@ -29,10 +29,11 @@ import optax
 import scipy.stats
 import tqdm
 import tyro
-from classify import Score, Task, make_run
-from digits import RULES, Dataset, Network, check_options, load
+from digits import RULES, Network, load
 from flax import nnx
-from outputs import check_out, print_rows
+from helpers.classify import Dataset, Score, Task, make_run
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
 
 import spherical_optax as so
 

@@ -34,15 +34,16 @@ import optax
 import scipy.stats
 import tqdm
 import tyro
-from classify import Task, finite_loss, make_run, with_adam
-from digits import RULES, STYLES, Dataset, Network, check_options, load
+from digits import RULES, STYLES, Network, load
 from flax import nnx
+from helpers.classify import Dataset, Task, finite_loss, make_run, with_adam
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
+from helpers.runs import Runs
 from matplotlib.figure import Figure
-from outputs import check_out, print_rows
 from paper.errors import DataError
 from paper.models import GROUPS, make_model
 from paper.readers import read
-from runs import Runs
 
 import spherical_optax as so
 
@@ -92,7 +93,7 @@ def make_optimizer(
         case "hyperball":
             filters = so.hyperball(optax.scale_by_adam(), rate, groups=groups)
         case "rotational":
-            filters = so.rotational(optax.scale_by_adam(), 0.0, rate, groups=groups)
+            filters = so.rotational(optax.scale_by_adam(), rate, groups=groups)
     return with_adam(filters, steps, lambda tree: jax.tree.map(lambda x: x.ndim == 4, tree))
 
 

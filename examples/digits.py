@@ -15,7 +15,6 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -27,9 +26,11 @@ import optax
 import tqdm
 import tyro
 from flax import nnx
+from helpers.classify import Dataset, shuffled
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from outputs import check_out, print_rows
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -51,7 +52,6 @@ Name: TypeAlias = Literal[
     "adamw",
     "sgd",
 ]
-Dataset: TypeAlias = tuple[np.ndarray, np.ndarray]  # images (n, 8, 8, 1), labels (n,)
 Curves: TypeAlias = dict[str, np.ndarray]  # one value per epoch
 Make: TypeAlias = Callable[..., optax.GradientTransformation]
 
@@ -63,15 +63,21 @@ BATCH_SIZE = 128
 # linear layer: no rule matches it, and it has no group.
 RULES = so.groups_by_path({r"conv\d+/kernel": so.per_filter()})
 
+
+def adam_elsewhere(spherical: Make) -> Make:
+    """Leaves without a group follow Adam, at the rate that groups have."""
+    return lambda rate, groups: spherical(rate, groups=groups, other=optax.adam(rate))
+
+
 SPHERICAL: dict[Name, Make] = {
     "adamsrt": so.adamsrt,
     "adams": so.adams,
     "sgdmrt": so.sgdmrt,
-    "adamg": so.adamg,
+    "adamg": adam_elsewhere(so.adamg),
     "adamg_star": so.adamg_star,
     "adamp": so.adamp,
     "sgdp": so.sgdp,
-    "hyperball": lambda rate, groups: so.adamh(rate, groups=groups, other_learning_rate=rate),
+    "hyperball": adam_elsewhere(so.adamh),
     # The decay sets the angle of a step: more than the defaults, which are for longer runs.
     "rotational_adamw": functools.partial(so.rotational_adamw, weight_decay=0.1),
     "rotational_sgdm": functools.partial(so.rotational_sgdm, weight_decay=1e-3),
@@ -139,17 +145,6 @@ class Config:
     """Runs per optimizer; the seeds 0, 1, ... set the initial weights and the batches."""
     out: pathlib.Path = pathlib.Path("out/digits")
     """Directory for results.json and curves.png."""
-
-
-def check_options(*options: tuple[str, Any, str, bool]) -> None:
-    """Exits with a message if an option is not valid.
-
-    Each option is its name, its value, what is expected, and whether the value is that.
-    """
-    program = pathlib.Path(sys.argv[0]).name
-    for name, value, expected, valid in options:
-        if not valid:
-            raise SystemExit(f"{program}: {name}: expected {expected}, found {value}")
 
 
 class Network(nnx.Module):
@@ -255,9 +250,8 @@ def train(
     history: list[dict[str, Any]] = []
     times: list[float] = []
     for _ in range(epochs):
-        order = rng.permutation(len(images))[: len(images) // BATCH_SIZE * BATCH_SIZE]
         metrics = []
-        for batch in order.reshape(-1, BATCH_SIZE):
+        for batch in shuffled(rng, len(images), BATCH_SIZE):
             x, y = jnp.asarray(images[batch]), jnp.asarray(labels[batch])
             start = time.perf_counter()
             metrics.append(jax.block_until_ready(step(x, y)))

@@ -23,11 +23,12 @@ import jax
 import numpy as np
 import optax
 import tyro
-from digits import BATCH_SIZE, RULES, Network, check_options, load
-from effective_learning_rate import functional_loss
+from digits import BATCH_SIZE, RULES, Network, load
 from flax import nnx
+from helpers.classify import functional_loss
+from helpers.options import check_options
+from helpers.outputs import check_out
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from outputs import check_out
 
 import spherical_optax as so
 

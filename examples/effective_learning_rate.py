@@ -27,12 +27,14 @@ import numpy as np
 import optax
 import tqdm
 import tyro
-from digits import BATCH_SIZE, RULES, Dataset, Network, check_options, load
+from digits import BATCH_SIZE, RULES, Network, load
 from flax import nnx
+from helpers.classify import Dataset, functional_loss, shuffled
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from outputs import check_out, print_rows
 from PIL import Image
 
 import spherical_optax as so
@@ -127,21 +129,8 @@ def batches(data: Dataset, seed: int, epochs: int) -> Iterator[tuple[jax.Array, 
     images, labels = data
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
-        order = rng.permutation(len(images))[: len(images) // BATCH_SIZE * BATCH_SIZE]
-        for batch in order.reshape(-1, BATCH_SIZE):
+        for batch in shuffled(rng, len(images), BATCH_SIZE):
             yield jnp.asarray(images[batch], float), jnp.asarray(labels[batch])
-
-
-def functional_loss(model: Network) -> tuple[Callable[..., jax.Array], Any]:
-    """The loss as a function of parameters, images and labels; and the parameters in float64."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    params, rest = jax.tree.map(lambda leaf: leaf.astype(float), (params, rest))
-
-    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params, rest, copy=True)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return loss_fn, params
 
 
 def make_step(

@@ -32,13 +32,13 @@ import optax
 import orbax.checkpoint as ocp
 import tqdm
 import tyro
-from digits import check_options
 from flax import nnx
+from helpers.options import check_options
+from helpers.outputs import check_out
+from helpers.text import Text, Windows, batches, encode, read
+from helpers.transformer import MATRICES, NEURONS, WIDTH, Size, count, initialise, invariant
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
-from outputs import check_out
-from text import Text, Windows, batches, encode, read
-from transformer import MATRICES, NEURONS, WIDTH, Size, count, initialise, invariant
 
 import spherical_optax as so
 
@@ -127,6 +127,7 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of that name, and a recorder of its groups' steps."""
     groups, b2 = groups_of(name, size), 0.95
+    adam = optax.adam(other_rate, b2=b2)
 
     def labels(tree: Any) -> Any:
         is_matrix = re.compile(r"'(q|k|v|o|gate|up|down)'\]\['kernel'").search
@@ -135,7 +136,7 @@ def make_optimizer(
         )
 
     def with_adam(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        return optax.partition({"matrices": tx, "rest": optax.adam(other_rate, b2=b2)}, labels)
+        return optax.partition({"matrices": tx, "rest": adam}, labels)
 
     match name:
         case "adamw":
@@ -152,12 +153,12 @@ def make_optimizer(
                 mask=lambda tree: jax.tree.map(lambda _: False, tree),
             )
         case "adamh":
-            tx = so.adamh(rate, b2=b2, groups=groups, other_learning_rate=other_rate)
+            tx = so.adamh(rate, b2=b2, groups=groups, other=adam)
         case "muonh":
-            tx = so.muonh(rate, b2=b2, groups=groups, other_learning_rate=other_rate)
+            tx = so.muonh(rate, groups=groups, other=adam)
         case "ngpt":
             tx = optax.chain(optax.adam(rate, b2=b2), so.retract(groups, 1.0))
-    return optax.chain(tx, so.record_sphere(groups))
+    return so.chain(tx, so.record_sphere(groups))
 
 
 def make_schedule(peak: Any, warmup: Any, steps: int, kind: str = "cosine") -> optax.Schedule:

@@ -33,12 +33,13 @@ import optax
 import scipy.stats
 import tqdm
 import tyro
-from classify import finite_loss, forward, with_adam
-from digits import Dataset, check_options, load
+from digits import load
 from flax import nnx
+from helpers.classify import Dataset, finite_loss, forward, shuffled, train_step, with_adam
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
+from helpers.runs import Runs
 from matplotlib.figure import Figure
-from outputs import check_out, print_rows
-from runs import Runs
 
 import spherical_optax as so
 
@@ -111,7 +112,7 @@ def make_optimizer(name: Name, rate: Any, steps: int) -> optax.GradientTransform
         "adams": lambda: so.adams(schedule, groups=GROUPS),
         "adamsrt": lambda: so.adamsrt(schedule, groups=GROUPS),
         "hyperball": lambda: so.hyperball(adam, schedule, groups=GROUPS),
-        "rotational": lambda: so.rotational(adam, 0.0, schedule, groups=GROUPS),
+        "rotational": lambda: so.rotational(adam, schedule, groups=GROUPS),
     }[name]()
     return with_adam(hidden, steps, is_hidden)
 
@@ -122,10 +123,8 @@ def make_starts(config: Config, images: int) -> Any:
     def start(seed: int) -> Any:
         _, params, stats = nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
         rng = np.random.default_rng(seed)
-        orders = [rng.permutation(images) for _ in range(config.epochs)]
-        whole = images // BATCH_SIZE * BATCH_SIZE
-        order = np.concatenate([each[:whole] for each in orders])
-        return params, stats, order.reshape(-1, BATCH_SIZE)
+        epochs = [shuffled(rng, images, BATCH_SIZE) for _ in range(config.epochs)]
+        return params, stats, np.concatenate(epochs)
 
     starts = [start(seed) for seed in range(config.seeds)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
@@ -138,7 +137,7 @@ def make_run(
     (images, digits), test_set = (
         (jnp.asarray(x.reshape(len(x), -1)), jnp.asarray(y)) for x, y in data
     )
-    loss_fn = functools.partial(forward, nnx.graphdef(Network(nnx.Rngs(0))))
+    graph = nnx.graphdef(Network(nnx.Rngs(0)))
 
     def one(params: Any, stats: Any, order: jax.Array, scale: Any, rate: Any) -> jax.Array:
         params = jax.tree.map(
@@ -147,14 +146,10 @@ def make_run(
         tx = make_optimizer(name, rate, len(order))
 
         def step(carry: Any, batch: jax.Array) -> Any:
-            params, stats, state = carry
-            grad = jax.grad(functools.partial(loss_fn, train=True), has_aux=True)
-            grads, (stats, _) = grad(params, stats, images[batch], digits[batch])
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), stats, state), None
+            return train_step(graph, tx, carry, images[batch], digits[batch]), None
 
         (params, stats, _), _ = jax.lax.scan(step, (params, stats, tx.init(params)), order)
-        return loss_fn(params, stats, *test_set, train=False)[0]
+        return forward(graph, params, stats, *test_set, train=False)[0]
 
     train = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, None)))
 

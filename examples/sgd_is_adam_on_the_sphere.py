@@ -28,11 +28,13 @@ import numpy as np
 import optax
 import tqdm
 import tyro
-from digits import RULES, Network, check_options, load
-from effective_learning_rate import LAYERS, functional_loss, save
+from digits import RULES, Network, load
+from effective_learning_rate import LAYERS, save
 from flax import nnx
+from helpers.classify import functional_loss
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
 from matplotlib.figure import Figure
-from outputs import check_out, print_rows
 
 import spherical_optax as so
 

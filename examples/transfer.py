@@ -27,13 +27,13 @@ import numpy as np
 import optax
 import tqdm
 import tyro
-from digits import check_options
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
+from helpers.runs import Runs
+from helpers.text import Windows, batches, encode, read
+from helpers.transformer import Size, initialise
 from language import Name, make_optimizer, make_schedule, mean_loss, update
 from matplotlib.figure import Figure
-from outputs import check_out, print_rows
-from runs import Runs
-from text import Windows, batches, encode, read
-from transformer import Size, initialise
 
 # Where the search starts: a power of 2 each.
 START: dict[Name, int] = {

@@ -1,5 +1,8 @@
 """The sphere's geometry, group by group: pure functions on arrays.
 
+It is the accurate form: differences are taken before norms. The transforms work with sums of
+products instead, which is one pass over memory, and a threshold for what is lost in them.
+
 Write r = |x| and u = x / r for one group. Every function takes arrays and a
 `RadialGroup`; for a joint group it takes a pytree of arrays and a pytree of
 `RadialGroup` of the same structure, and adds the arrays' dot products before it
@@ -17,6 +20,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 import jax
 import jax.numpy as jnp
 
+from spherical_optax._numerics import safe_divide, safe_sqrt, sum_groups, wide
 from spherical_optax.groups import RadialGroup
 from spherical_optax.sharding import index_sharding, laid_out
 
@@ -26,27 +30,6 @@ Arrays = TypeVar("Arrays")
 """An array, or for joint groups a pytree of arrays."""
 
 Retraction: TypeAlias = Literal["normalize", "geodesic"]
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype in which sums over a group of this dtype accumulate."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """The array in the dtype its group's sums accumulate in, float32 at least."""
-    return x.astype(accumulator(x.dtype))
-
-
-def sum_groups(products: jax.Array, group: RadialGroup) -> jax.Array:
-    """The sum of each group's entries, shape `group.shape(products.shape)`."""
-    axes = group.axes(products.ndim)
-    total = jnp.sum(products, axis=tuple(i for i in range(products.ndim) if i not in axes))
-    if group.num_blocks is not None:
-        size = total.shape[-1] // group.num_blocks
-        sharding = index_sharding(products, axes, split_last=True)
-        total = laid_out(total, (*total.shape[:-1], group.num_blocks, size), sharding).sum(-1)
-    return total
 
 
 def _inner(x: jax.Array, y: jax.Array, group: RadialGroup) -> jax.Array:
@@ -133,16 +116,6 @@ def scale(values: jax.Array, x: Arrays, group: Any) -> Arrays:
       Array([[1., 2.]], dtype=float32)
     """
     return jax.tree.map(lambda g, a: (wide(a) * spread(values, a, g)).astype(a.dtype), group, x)
-
-
-def safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Divides a by b, with 0 where b is 0, with finite gradients there."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with gradient 0 at 0."""
-    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def norm(x: Arrays, group: Any) -> jax.Array:
@@ -323,7 +296,7 @@ def retract(
       >>> geometry.retract(x, v, per_layer(), radius=2.0, method="geodesic")
       Array([1.08060, 1.68294], dtype=float32)
     """
-    check_retraction(method)
+    _check_retraction(method)
     if method == "normalize":
         moved = jax.tree.map(lambda a, b: wide(a) + wide(b), x, v)
         length = norm(moved, group)
@@ -349,7 +322,7 @@ def retract(
     )  # fmt: skip
 
 
-def check_retraction(method: str) -> None:
+def _check_retraction(method: str) -> None:
     """Raises a `ValueError` that lists the known methods if this is none of them."""
     if method not in get_args(Retraction):
         raise ValueError(

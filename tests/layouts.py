@@ -11,13 +11,13 @@ BLOCKS = {name: so.per_channel_block(2, joint="conv") for name in ("kernel", "bi
 CASES = {
     "filters": ({"w": (3, 3, 4, 6)}, {"w": so.per_filter()}),
     "layer": ({"w": (7, 5)}, {"w": so.per_layer()}),
-    "heads": ({"w": (6, 3, 4)}, {"w": so.per_head(-2)}),
+    "heads": ({"w": (6, 3, 4)}, {"w": so.per_head(axis=-2)}),
     "stacked layers": ({"w": (2, 5, 4)}, {"w": so.RadialGroup((0, -1))}),
     "joint": ({"kernel": (4, 5), "bias": (5,)}, JOINT),
     "joint blocks": ({"kernel": (3, 3, 2, 6), "bias": (6,)}, BLOCKS),
     "in one pass, filters": ({"w": (3, 3, 256, 32)}, {"w": so.per_filter()}),
     "in one pass, layer": ({"w": (512, 160)}, {"w": so.per_layer()}),
-    "in one pass, heads": ({"w": (1024, 8, 16)}, {"w": so.per_head(-2)}),
+    "in one pass, heads": ({"w": (1024, 8, 16)}, {"w": so.per_head(axis=-2)}),
     "in one pass, joint": ({"kernel": (1024, 96), "bias": (96,)}, JOINT),
     "alike": ({f"w{i}": (4, 3) for i in range(21)}, so.groups_by_path({"w": so.per_filter()})),
     "alike, joint": (

@@ -19,7 +19,7 @@ def differences(expected, stored):
 def test_nothing_differs_from_itself_in_memory_and_on_disk(tmp_path):
     for tx in (
         so.adamsrt(1e-2, groups=FILTERS),
-        so.adamh(1e-2, groups=LAYER, other_learning_rate=1e-2),
+        so.adamh(1e-2, groups=LAYER, other=optax.adam(1e-2)),
         optax.adam(1e-2),
     ):
         state = tx.init(PARAMS)

@@ -39,7 +39,7 @@ GROUPS = {
     "a label": so.groups_by_path({"(spectral/w)/": so.RadialGroup((-1,), joint=r"\1")}),
 }
 OPTIMIZERS = {
-    "adamh": lambda groups: so.adamh(0.05, groups=groups, other_learning_rate=0.1),
+    "adamh": lambda groups: so.adamh(0.05, groups=groups, other=optax.adam(0.1)),
     "rotational_adamw": lambda groups: so.rotational_adamw(0.05, weight_decay=0.5, groups=groups),
     "adamsrt": lambda groups: so.adamsrt(0.1, groups=groups),
 }

@@ -302,7 +302,7 @@ def keras_like(params, x):
 
 JOINT_BLOCKS = so.per_channel_block(4, joint="*")
 JOINT_LAYER = so.per_layer(joint="*")
-HEADS = {"query/kernel": so.per_head(1), "key/kernel": so.per_head(1)}
+HEADS = {"query/kernel": so.per_head(axis=1), "key/kernel": so.per_head(axis=1)}
 JOINT_HEADS = {
     f"attention/{name}/{leaf}": so.RadialGroup(index_axes=(axis,), joint="*")
     for name in ("query", "key")

@@ -175,7 +175,7 @@ def test_only_division_by_entry_gives_a_step_a_radial_part(x64):
 @pytest.mark.parametrize("denominator", ["number", "per group", "per entry"])
 @pytest.mark.parametrize(
     "group",
-    [so.per_filter(), so.per_layer(), so.per_channel_block(2), so.per_head(1)],
+    [so.per_filter(), so.per_layer(), so.per_channel_block(2), so.per_head(axis=1)],
     ids=["filter", "layer", "blocks", "head"],
 )
 def test_theorem_for_any_step(group, denominator, x64):

@@ -27,9 +27,7 @@ OPTIMIZERS = {
     "adams": lambda groups: record(so.adams(LR, B1, B2, EPS, groups=groups), groups, b1=B1),
     "adamsrt": lambda groups: record(so.adamsrt(LR, B1, B2, EPS, groups=groups), groups, b1=B1),
     "sgdmrt": lambda groups: record(so.sgdmrt(LR, 0.9, groups=groups), groups),
-    "adamh": lambda groups: record(
-        so.adamh(LR, B1, B2, EPS, groups=groups, other_learning_rate=LR), groups, **ADAM
-    ),
+    "adamh": lambda groups: record(so.adamh(LR, B1, B2, EPS, groups=groups), groups, **ADAM),
 }
 
 

@@ -34,7 +34,7 @@ def run(module, out, *options):
 
 
 def test_runs_are_made_once_and_survive_a_cut(load, tmp_path):
-    runs, made = load("runs"), []
+    runs, made = load("helpers.runs"), []
 
     def train(result):
         made.append(result)
@@ -57,14 +57,14 @@ def test_runs_are_made_once_and_survive_a_cut(load, tmp_path):
 
 
 def test_a_single_cut_line(load, tmp_path):
-    runs = load("runs")
+    runs = load("helpers.runs")
     (tmp_path / "runs.jsonl").write_text('["a", 1')
     assert runs.Runs(tmp_path)(("a", 1), lambda: 2.0) == 2.0
     assert runs.Runs(tmp_path).results == {("a", 1): 2.0}
 
 
 def test_divergence_counts_as_a_guess(load):
-    finite_loss = load("classify").finite_loss
+    finite_loss = load("helpers.classify").finite_loss
     assert finite_loss(0.5) == 0.5
     for loss in (math.nan, math.inf, 1e9):
         assert finite_loss(loss) == math.log(10)

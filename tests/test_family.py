@@ -94,7 +94,7 @@ def test_leaves_of_a_joint_label_have_equally_many_layers():
     groups = {"kernel": so.RadialGroup((0, 2), joint="a"), "bias": so.RadialGroup(joint="a")}
     params = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones(8)}
     message = (
-        r"project_if_tangent: joint label 'a': expected as many layers on all its leaves, found "
+        r"adamp: joint label 'a': expected as many layers on all its leaves, found "
         r"{'bias': 1, 'kernel': 2}"
     )
     with pytest.raises(ValueError, match=message):
@@ -135,11 +135,11 @@ def test_hyperball_formula(name, x64):
         np.testing.assert_allclose(path[t + 1], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_leaves_without_a_group_take_the_inner_direction():
+def test_leaves_without_a_group_follow_other():
     params = {"a": normal(0, (4, 3), "float32"), "b": normal(1, (3,), "float32")}
     groups, grads = {"a": FILTER, "b": None}, [params] * 3
     for rate in (0.1, 0.01):
-        tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=groups, other_learning_rate=rate)
+        tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=groups, other=optax.adam(rate))
         plain = run(optax.adam(rate), params["b"], [g["b"] for g in grads])
         for a, b in zip(run(tx, params, grads), plain, strict=True):
             np.testing.assert_allclose(a["b"], b, rtol=1e-6)
@@ -171,9 +171,7 @@ def test_rotational_formula(center, x64):
     """The update of the paper's algorithm, one group a vector, in NumPy."""
     x, grads = normal(0, (9, 2)), normal(1, (12, 9, 2))
     x = geometry.center(x, FILTER) if center else x
-    tx = so.rotational(
-        optax.trace(0.5), 0.1, 0.05, groups=FILTER, decay=0.8, eps=1e-8, center=center
-    )
+    tx = so.rotational(optax.trace(0.5), 0.05, groups=FILTER, decay=0.8, eps=1e-8, center=center)
     path = run(tx, x, grads)
     for column in range(2):
         p = np.asarray(x)[:, column]
@@ -316,7 +314,7 @@ def test_rotational_asks_for_centred_weights():
     params = {"kernel": normal(0, (30, 4)), "bias": jnp.ones(4)}
     groups = {"kernel": FILTER, "bias": None}
     for tx in (
-        so.rotational(optax.trace(0.9), 0.1, 0.1, groups=groups, center=True),
+        so.rotational(optax.trace(0.9), 0.1, groups=groups, other=optax.sgd(0.1), center=True),
         so.rotational_lion(0.1, groups=groups, center=True),
     ):
         message = r"rotational\w*: kernel: expected centred groups.* found 4 of 4 .*center_params"
@@ -435,7 +433,7 @@ def test_rescaled_initial_weights_trace_the_same_directions(name, x64):
             r"hyperball: expected learning_rate in \[0, inf\), found -0\.1",
         ),
         (
-            lambda: so.rotational(optax.trace(0.9), 0.1, -1.0, groups=FILTER),
+            lambda: so.rotational(optax.trace(0.9), -1.0, groups=FILTER),
             r"rotational: expected average_angle in \[0, inf\)",
         ),
         (lambda: so.rotational_lion(0.1, b2=2.0, groups=FILTER), r"b2 in \[0, 1\), found 2\.0"),
@@ -476,7 +474,7 @@ def test_rotational_variants_need_decay_to_turn(name):
 
 FIXED = {
     "hyperball": lambda groups: so.hyperball(optax.trace(0.9), 0.1, groups=groups),
-    "rotational": lambda groups: so.rotational(optax.trace(0.9), 0.1, 0.1, groups=groups),
+    "rotational": lambda groups: so.rotational(optax.trace(0.9), 0.1, groups=groups),
     "rotational_adamw": lambda groups: so.rotational_adamw(0.1, groups=groups),
 }
 

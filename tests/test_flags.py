@@ -44,7 +44,7 @@ OPTIMIZERS = {
     "adamsrt": lambda: so.adamsrt(0.1, groups=GROUPS, weight_decay=0.01),
     "sgdmrt": lambda: so.sgdmrt(0.1, groups=GROUPS, weight_decay=0.01),
     "adamp": lambda: so.adamp(0.1, groups=GROUPS, weight_decay=0.01),
-    "hyperball": lambda: so.adamh(0.1, groups=GROUPS, other_learning_rate=0.1),
+    "hyperball": lambda: so.adamh(0.1, groups=GROUPS, other=optax.adam(0.1)),
 }
 FLAGS = {
     "enable_x64": lambda: precision("float64"),
@@ -88,11 +88,11 @@ STRICT = {
     "adams": lambda groups: so.adams(0.1, groups=groups, weight_decay=0.01),
     "adamsrt": lambda groups: so.adamsrt(0.1, groups=groups, weight_decay=0.01),
     "sgdmrt": lambda groups: so.sgdmrt(0.1, groups=groups, weight_decay=0.01),
-    "adamg": lambda groups: so.adamg(0.1, groups=groups),
+    "adamg": lambda groups: so.adamg(0.1, groups=groups, other=optax.sgd(0.1)),
     "adamg_star": lambda groups: so.adamg_star(0.1, 0.1, groups=groups),
     "sgdp": lambda groups: so.sgdp(0.1, groups=groups, weight_decay=0.01),
     "hyperball(trace)": lambda groups: so.hyperball(
-        optax.trace(0.9), 0.1, groups=groups, other_learning_rate=0.1
+        optax.trace(0.9), 0.1, groups=groups, other=optax.sgd(0.1, 0.9)
     ),
     "rotational_sgdm": lambda groups: so.rotational_sgdm(0.1, weight_decay=0.1, groups=groups),
     "transport_moments(trace)": lambda groups: so.transport_moments(optax.trace(0.9), groups),

@@ -16,7 +16,7 @@ OPTIMIZERS = {
     "adams": lambda: so.adams(1e-2, groups=GROUPS, weight_decay=1e-3),
     "adamsrt": lambda: so.adamsrt(1e-2, groups=GROUPS, weight_decay=1e-3),
     "sgdmrt": lambda: so.sgdmrt(1e-1, groups=GROUPS),
-    "adamg": lambda: so.adamg(1e-2, groups=GROUPS),
+    "adamg": lambda: so.adamg(1e-2, groups=GROUPS, other=optax.adam(1e-2)),
     "retract": lambda: optax.chain(optax.adam(1e-2), so.retract(GROUPS)),
 }
 

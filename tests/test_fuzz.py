@@ -359,8 +359,8 @@ TRANSFORMS = {
     "center_updates": lambda groups: so.center_updates(groups),
     "adamp": lambda groups: so.adamp(1e-3, groups=groups, weight_decay=0.1),
     "sgdp": lambda groups: so.sgdp(1e-3, groups=groups, weight_decay=0.1),
-    "adamg": lambda groups: so.adamg(1e-3, groups=groups),
-    "hyperball": lambda groups: so.adamh(1e-3, groups=groups, other_learning_rate=1e-3),
+    "adamg": lambda groups: so.adamg(1e-3, groups=groups, other=optax.adam(1e-3)),
+    "hyperball": lambda groups: so.adamh(1e-3, groups=groups, other=optax.adam(1e-3)),
     "rotational_adamw": lambda groups: so.rotational_adamw(1e-3, weight_decay=0.1, groups=groups),
     "record_sphere": lambda groups: so.record_sphere(groups),
 }

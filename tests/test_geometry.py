@@ -229,7 +229,7 @@ def test_joint_arrays_may_lay_their_groups_out_differently(x64):
     kernel, bias = draw(12, "float64", (3, 2, 4))[0], draw(13, "float64", (8,))[0]
     group = {"kernel": so.per_head(axis=1), "bias": so.per_channel_block(2)}
     result = geometry.norm({"kernel": kernel, "bias": bias}, group)
-    whole = np.concatenate([vectors(kernel, so.per_head(1)), bias.reshape(2, 4)], axis=1)
+    whole = np.concatenate([vectors(kernel, so.per_head(axis=1)), bias.reshape(2, 4)], axis=1)
     np.testing.assert_allclose(np.ravel(result), np.linalg.norm(whole, axis=1), rtol=1e-13)
 
 

@@ -31,7 +31,7 @@ def table(groups, params=PARAMS):
         (so.per_layer(), (3, 3, 2, 4), ()),
         (so.per_channel_block(2), (3, 3, 2, 4), (2,)),
         (so.per_filter(axis=0), (4, 2, 3, 3), (4,)),
-        (so.per_channel_block(2, "conv", axis=0), (4, 2, 3, 3), (2,)),
+        (so.per_channel_block(2, joint="conv", axis=0), (4, 2, 3, 3), (2,)),
         (so.per_head(axis=1), (6, 3, 2), (3,)),
         (so.RadialGroup(index_axes=(-1, 0)), (7, 3, 5), (7, 5)),
         (so.RadialGroup(index_axes=(0, -1), num_blocks=2), (7, 3, 4), (7, 2)),
@@ -78,9 +78,9 @@ OPTIMIZERS = {
     "sgdmrt": lambda groups: so.sgdmrt(0.1, groups=groups),
     "adamp": lambda groups: so.adamp(0.1, groups=groups),
     "sgdp": lambda groups: so.sgdp(0.1, groups=groups),
-    "adamg": lambda groups: so.adamg(0.1, groups=groups),
+    "adamg": lambda groups: so.adamg(0.1, groups=groups, other=optax.adam(0.1)),
     "adamg_star": lambda groups: so.adamg_star(0.1, groups=groups),
-    "adamh": lambda groups: so.adamh(0.1, groups=groups, other_learning_rate=0.1),
+    "adamh": lambda groups: so.adamh(0.1, groups=groups, other=optax.adam(0.1)),
     "rotational_adamw": lambda groups: so.rotational_adamw(0.1, groups=groups),
     "retract": so.retract,
     "project_radial": so.project_radial,
@@ -204,7 +204,7 @@ KERNEL, BIAS = jnp.ones((2, 3)), jnp.ones(3)
     ids=["blocks", "no digits", "flax names", "list", "keras names", "haiku names"],
 )
 def test_a_label_for_the_same_layer_of_several_blocks(pattern, joint, params, label, paths):
-    rules = so.groups_by_path({pattern: so.per_layer(joint)})
+    rules = so.groups_by_path({pattern: so.per_layer(joint=joint)})
     message = f"joint label {label!r} to {paths}, the same layer of several blocks, expected one "
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         so.adamsrt(0.1, groups=rules).init(params)
@@ -214,13 +214,15 @@ def test_a_label_for_the_same_layer_of_several_blocks(pattern, joint, params, la
 def test_labels_that_several_modules_may_share():
     """Layers of different kinds; and whatever two rules, or a tree of groups, say."""
     params = blocks("conv", "time", kernel=KERNEL, bias=BIAS)
-    rules = so.groups_by_path({r"(conv|time)/(kernel|bias)": so.per_layer("sum")})
+    rules = so.groups_by_path({r"(conv|time)/(kernel|bias)": so.per_layer(joint="sum")})
     assert [list(joint) for joint in joints_of(rules, params)] == [[0, 1, 2, 3]]
     params = blocks("block0/query", "block1/query", kernel=KERNEL)
-    two = so.groups_by_path({"0/query": so.per_layer("both"), "1/query": so.per_layer("both")})
-    one_each = so.groups_by_path({r"(.*query)/kernel": so.per_layer(r"\1")})
+    two = so.groups_by_path(
+        {"0/query": so.per_layer(joint="both"), "1/query": so.per_layer(joint="both")}
+    )
+    one_each = so.groups_by_path({r"(.*query)/kernel": so.per_layer(joint=r"\1")})
     assert [list(joint) for joint in joints_of(two, params)] == [[0, 1]]
-    assert [list(joint) for joint in joints_of(so.per_layer("both"), params)] == [[0, 1]]
+    assert [list(joint) for joint in joints_of(so.per_layer(joint="both"), params)] == [[0, 1]]
     assert [list(joint) for joint in joints_of(one_each, params)] == [[0], [1]]
 
 
@@ -322,7 +324,7 @@ def test_windows_taken_for_channels(group, shape, axes):
         (FILTER, (3, 3, 3, 8, 8)),
         (FILTER, (512, 8, 8)),
         (FILTER, (8, 3)),
-        (so.per_head(-2), (12, 8, 4, 4)),
+        (so.per_head(axis=-2), (12, 8, 4, 4)),
         (LAYER, (8, 3, 3, 3)),
         (so.per_filter(axis=0), (8, 3, 3, 3)),
         (so.per_filter(axis=3), (8, 3, 3, 3)),  # meant, where it is named from the front
@@ -500,7 +502,7 @@ def test_bad_group(make, error, message):
         ),
         (
             so.groups_by_path(
-                {"conv": so.per_channel_block(2, joint="j"), "dense": so.per_layer("j")}
+                {"conv": so.per_channel_block(2, joint="j"), "dense": so.per_layer(joint="j")}
             ),
             ValueError,
             r"dense/kernel of shape \(6, 5\): joint label 'j' is shared with conv/bias of "
@@ -515,8 +517,8 @@ def test_groups_that_do_not_fit(groups, error, message):
 
 def test_a_mask_that_hides_part_of_a_joint_group_is_refused():
     """What is left would be another group."""
-    rules = so.groups_by_path({"dense": so.per_layer("d"), "conv": so.per_layer("c")})
-    tree = {"conv": so.per_layer("c"), "dense": {"kernel": None}}
+    rules = so.groups_by_path({"dense": so.per_layer(joint="d"), "conv": so.per_layer(joint="c")})
+    tree = {"conv": so.per_layer(joint="c"), "dense": {"kernel": None}}
     message = (
         r"joint label 'c': expected all its leaves or none, found \['conv/bias'\], while "
         r"optax.masked or optax.partition hides \['conv/kernel'\]"

@@ -57,11 +57,12 @@ def expected(name, params, grads):
     return found
 
 
+ADAM = optax.adam(OTHER, B1, B2, EPS)
 OPTIMIZERS = {
-    "adamh": so.adamh(RATE, B1, B2, EPS, groups=GROUPS, other_learning_rate=OTHER),
-    "muonh": so.muonh(RATE, MOMENTUM, B1, B2, EPS, groups=GROUPS, other_learning_rate=OTHER),
+    "adamh": so.adamh(RATE, B1, B2, EPS, groups=GROUPS, other=ADAM),
+    "muonh": so.muonh(RATE, MOMENTUM, groups=GROUPS, other=ADAM),
     "muonh, uncorrected": so.muonh(
-        RATE, MOMENTUM, B1, B2, EPS, groups=GROUPS, other_learning_rate=OTHER, bias_correction=False
+        RATE, MOMENTUM, groups=GROUPS, other=ADAM, bias_correction=False
     ),
 }
 
@@ -89,8 +90,9 @@ def test_what_muon_cannot_take_is_named(shape, group, found):
         tx.init(params)
 
 
-@pytest.mark.parametrize("name", ["adamh", "muonh"])
-@pytest.mark.parametrize("argument", ["b1", "b2"])
+@pytest.mark.parametrize(
+    ("name", "argument"), [("adamh", "b1"), ("adamh", "b2"), ("muonh", "momentum")]
+)
 def test_bad_numbers_are_named(name, argument):
     with pytest.raises(ValueError, match=rf"{name}: expected {argument} in \[0, 1\), found 1.0"):
         getattr(so, name)(0.1, **{argument: 1.0}, groups=None)
@@ -124,7 +126,7 @@ def test_stacked_layers_step_as_separate_ones(make, x64):
     stacked = {"up": (3, 4, 6), "norm": (3, 4)}
     apart = lambda tree: {f"{key}{i}": leaf[i] for key, leaf in tree.items() for i in range(3)}  # noqa: E731
     params, grads = tree_of(stacked, 0), [tree_of(stacked, seed) for seed in range(1, 5)]
-    make = functools.partial(make, 0.1, other_learning_rate=0.1)
+    make = functools.partial(make, 0.1, other=optax.adam(0.1))
     together = make(groups=so.groups_by_path({"up": so.RadialGroup((0,))}))
     each = make(groups=so.groups_by_path({"up": so.per_layer()}))
     end = run(each, apart(params), [apart(g) for g in grads])[-1]
@@ -139,9 +141,27 @@ def test_an_angle_is_no_rate_for_leaves_without_a_group(make):
     params = {"kernel": jnp.ones((3, 4)), "norm": jnp.ones(3), "head": jnp.ones((4, 2))}
     groups = so.groups_by_path({"kernel": so.per_layer()})
     message = (
-        r"expected other_learning_rate for leaves without a group, \['head', 'norm'\], found None"
+        r"expected other, the optimizer of leaves without a group, \['head', 'norm'\], found None.*"
+        r"as in other=optax\.adamw\(1e-3\)"
     )
     with pytest.raises(ValueError, match=message):
         make(0.1, groups=groups).init(params)
-    make(0.1, groups=groups, other_learning_rate=1e-3).init(params)
+    make(0.1, groups=groups, other=optax.adam(1e-3)).init(params)
     make(0.1, groups=groups).init({"kernel": jnp.eye(3)})
+
+
+@pytest.mark.parametrize("name", ["adamh", "muonh"])
+def test_decay_goes_with_the_optimizer_of_the_rest(name):
+    message = rf"{name}: expected no weight_decay, found 0\.1: .*other=optax\.adamw\(learning_rate"
+    with pytest.raises(TypeError, match=message):
+        getattr(so, name)(0.1, groups=so.per_layer(), weight_decay=0.1)
+    params = {"kernel": jnp.eye(3), "gain": jnp.ones(3), "bias": jnp.ones(3)}
+    groups = so.groups_by_path({"kernel": so.per_layer()})
+    mask = {"kernel": False, "gain": False, "bias": True}
+    other = optax.adamw(1e-2, weight_decay=0.1, mask=mask)
+    tx = getattr(so, name)(0.1, groups=groups, other=other)
+    rest = {key: params[key] for key in ("gain", "bias")}
+    own = optax.adamw(1e-2, weight_decay=0.1, mask={"gain": False, "bias": True})
+    for end, step in ((run(tx, params, [params] * 3)[-1], run(own, rest, [rest] * 3)[-1]),):
+        for key in rest:
+            np.testing.assert_allclose(end[key], step[key], rtol=1e-6)

@@ -61,7 +61,10 @@ NO_GROUPS = {"kernel": None, "bias": None}
     [
         (so.adams(1e-2, groups=NO_GROUPS), optax.adam(1e-2)),
         (so.adamsrt(1e-2, groups=NO_GROUPS), optax.adam(1e-2)),
-        (so.adamg(1e-2, b2=0.9, groups=NO_GROUPS), optax.adam(1e-2, b2=0.9)),
+        (
+            so.adamg(1e-2, groups=NO_GROUPS, other=optax.adam(1e-2, b2=0.9)),
+            optax.adam(1e-2, b2=0.9),
+        ),
         (
             so.adams(1e-2, groups=NO_GROUPS, mu_dtype="bfloat16"),
             optax.adam(1e-2, mu_dtype="bfloat16"),
@@ -341,8 +344,8 @@ def test_state_is_half_of_adams():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("adams", {"b1": 1.0}, r"scale_by_adams: expected b1 in \[0, 1\), found 1\.0"),
-        ("adamsrt", {"b2": 1.5}, r"scale_by_adamsrt: expected b2 in \[0, 1\), found 1\.5"),
+        ("adams", {"b1": 1.0}, r"adams: expected b1 in \[0, 1\), found 1\.0"),
+        ("adamsrt", {"b2": 1.5}, r"adamsrt: expected b2 in \[0, 1\), found 1\.5"),
         ("adamg", {"b1": -0.1}, r"expected b1 in \[0, 1\), found -0\.1"),
         ("adams", {"eps": -1e-8}, r"expected eps in \[0, inf\), found -1e-08"),
         ("sgdmrt", {"momentum": 1.0}, r"sgdmrt: expected momentum in \[0, 1\), found 1\.0"),

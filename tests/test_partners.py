@@ -133,7 +133,9 @@ def test_a_mask_of_ones_stays_a_mask():
     params = {name: new(n, 16, 2, 8) for n, name in enumerate("qkv")} | {"out": new(4, 16, 16)}
     x = jax.random.normal(KEYS[5], (4, 6, 16))
     found = so.find_radial_groups(attention, params, x, jnp.ones((4, 6)), explain=True)
-    assert so.describe_groups(params, found.groups) == expected(params, {"q|k": so.per_head(1)})
+    assert so.describe_groups(params, found.groups) == expected(
+        params, {"q|k": so.per_head(axis=1)}
+    )
     assert found.varied == ()
 
 

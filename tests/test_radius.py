@@ -55,7 +55,7 @@ def test_forms_of_the_radius(radius, conv, fc, x64):
         placed,
         run(optax.chain(optax.sgd(0.1), so.retract(GROUPS, radius)), params, grads)[-1],
         run(
-            so.hyperball(inner, 0.1, groups=GROUPS, other_learning_rate=0.1, radius=radius),
+            so.hyperball(inner, 0.1, groups=GROUPS, other=optax.adam(0.1), radius=radius),
             params,
             grads,
         )[-1],
@@ -86,7 +86,7 @@ def test_hyperball_at_its_own_radius_is_that_at_the_initial_one(x64):
     paths = [
         run(
             so.hyperball(
-                optax.scale_by_adam(), 0.1, groups=GROUPS, other_learning_rate=0.1, **radius
+                optax.scale_by_adam(), 0.1, groups=GROUPS, other=optax.adam(0.1), **radius
             ),
             params,
             grads,
@@ -217,10 +217,12 @@ REMEMBER = {
         optax.sgd(0.05), so.retract(GROUPS, method="geodesic")
     ),
     "hyperball": lambda: so.hyperball(
-        optax.scale_by_adam(), 0.05, groups=GROUPS, other_learning_rate=0.05
+        optax.scale_by_adam(), 0.05, groups=GROUPS, other=optax.adam(0.05)
     ),
-    "adamh": lambda: so.adamh(0.05, groups=GROUPS, other_learning_rate=0.05),
-    "rotational": lambda: so.rotational(optax.trace(0.9), 0.05, 0.05, groups=GROUPS),
+    "adamh": lambda: so.adamh(0.05, groups=GROUPS, other=optax.adam(0.05)),
+    "rotational": lambda: so.rotational(
+        optax.trace(0.9), 0.05, groups=GROUPS, other=optax.sgd(0.05)
+    ),
     "rotational_adamw": lambda: so.rotational_adamw(0.05, groups=GROUPS),
     "rotational_lion": lambda: so.rotational_lion(0.05, groups=GROUPS),
     "rotational_sgdm": lambda: so.rotational_sgdm(0.05, groups=GROUPS, weight_decay=0.1),

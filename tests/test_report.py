@@ -52,7 +52,7 @@ def test_found_in_any_state(name, monkeypatch):
     state, before, after, g = step(WRAPPED[name]())
     transfers, get = [], jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda tree: transfers.append(1) or get(tree))
-    report = so.sphere_report(state, GROUPS, after)
+    report = so.sphere_report(state, after, GROUPS)
     assert len(transfers) == 1
     assert list(report) == [f"sphere/{path}/{name}" for path in PATHS for name in NAMES]
     assert all(type(value) is float for value in report.values())
@@ -77,15 +77,15 @@ def test_found_in_any_state(name, monkeypatch):
 
 def test_names_are_there_from_the_start():
     tx, params = recorded(), tree_of(SHAPES, 0, "float32")
-    first = so.sphere_report(tx.init(params), GROUPS, params)
-    assert list(first) == list(so.sphere_report(step(tx)[0], GROUPS, params))
+    first = so.sphere_report(tx.init(params), params, GROUPS)
+    assert list(first) == list(so.sphere_report(step(tx)[0], params, GROUPS))
     assert set(first.values()) == {0.0}
 
 
 def test_snapshots():
     _, before, after, _ = step(recorded())
     metrics = so.sphere_metrics(before, after, GROUPS)
-    report = so.sphere_report(metrics, GROUPS, params=after)
+    report = so.sphere_report(metrics, after, GROUPS)
     assert list(report) == [f"sphere/{path}/{name}" for path in PATHS for name in NAMES[:6]]
     np.testing.assert_allclose(
         report["sphere/fc/kernel/angle_mean"], metrics["fc/kernel"].step_angle, rtol=1e-6
@@ -104,7 +104,7 @@ def test_linen_train_state():
     tx = optax.chain(optax.sgd(0.1), so.record_sphere(groups))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params))
-    report = so.sphere_report(state, groups, state.params)
+    report = so.sphere_report(state, state.params, groups)
     assert report["sphere/fc/kernel/angle_mean"] == report["sphere/fc/bias/angle_mean"] > 0
 
 
@@ -116,17 +116,17 @@ def test_nnx_optimizer():
     grads = nnx.grad(lambda model: model(jnp.ones((2, 3))).sum())(model)
     optimizer.update(model, grads)
     for state in (optimizer.opt_state, optimizer):
-        report = so.sphere_report(state, groups, nnx.state(model, nnx.Param))
+        report = so.sphere_report(state, nnx.state(model, nnx.Param), groups)
         assert report["sphere/kernel/angle_mean"] > 0
 
 
 def test_what_is_missing_is_named():
     params = tree_of(SHAPES, 0, "float32")
     with pytest.raises(ValueError, match=r"found none; put record_sphere\(groups\) last"):
-        so.sphere_report(optax.sgd(0.1).init(params), GROUPS, params)
+        so.sphere_report(optax.sgd(0.1).init(params), params, GROUPS)
     twice = optax.chain(so.record_sphere(GROUPS), so.record_sphere(GROUPS))
     with pytest.raises(ValueError, match="expected one RecordSphereState, found several"):
-        so.sphere_report(twice.init(params), GROUPS, params)
+        so.sphere_report(twice.init(params), params, GROUPS)
     other = so.groups_by_path({"conv/kernel": so.per_filter()})
     with pytest.raises(ValueError, match=r"expected sphere of \['conv/kernel'\], as groups has it"):
-        so.sphere_report(so.record_sphere(GROUPS).init(params), other, params)
+        so.sphere_report(so.record_sphere(GROUPS).init(params), params, other)

@@ -48,7 +48,7 @@ GROUPS = so.groups_by_path(
         r"conv/kernel": so.per_filter(),
         r"dense/(kernel|bias)": so.per_layer(joint="dense"),
         r"blocks/kernel": so.per_channel_block(4),
-        r"query/kernel": so.per_head(-2),
+        r"query/kernel": so.per_head(axis=-2),
         r"gn/(kernel|bias)": so.per_channel_block(2, joint="gn"),
         r"stacked/kernel": so.RadialGroup((0, -1)),
     }
@@ -96,11 +96,11 @@ OPTIMIZERS = {
         so.transport_moments(so.scale_by_adams(groups=GROUPS), GROUPS), optax.scale(-0.1)
     ),
     "sgdmrt": lambda: so.sgdmrt(0.1, groups=GROUPS),
-    "adamg": lambda: so.adamg(0.1, groups=GROUPS),
+    "adamg": lambda: so.adamg(0.1, groups=GROUPS, other=optax.adam(0.1)),
     "adamg_star": lambda: so.adamg_star(0.1, 0.1, groups=GROUPS),
     "adamp": lambda: so.adamp(0.1, groups=GROUPS, weight_decay=0.1),
     "sgdp": lambda: so.sgdp(0.1, groups=GROUPS),
-    "hyperball": lambda: so.adamh(0.1, groups=GROUPS, other_learning_rate=0.1),
+    "hyperball": lambda: so.adamh(0.1, groups=GROUPS, other=optax.adam(0.1)),
     "rotational": lambda: so.rotational_adamw(0.1, groups=GROUPS),
     "split": lambda: so.split_radial(optax.sgd(0.1, 0.9), optax.adam(0.1), GROUPS),
     "recorded": lambda: optax.chain(

@@ -13,7 +13,7 @@ from layouts import CASES, tree_of
 from trajectory import run
 
 import spherical_optax as so
-from spherical_optax import _sums, geometry
+from spherical_optax import geometry
 
 PAIRS = {
     "scale_by_adamsrt": (
@@ -42,167 +42,6 @@ def test_equal_to_the_composition(name, case, x64):
     for ours, theirs in zip(*paths, strict=True):
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
-
-
-# From shape and group to what the loop carries for each sum, `None` where there is none.
-LARGE = {
-    "layer": ((512, 160), so.per_layer(), (1, 2 * 160)),
-    "blocks": ((773, 96), so.per_channel_block(4), (1, 3 * 96)),
-    "wide": ((24, 5001), so.per_filter(), None),
-    "wide, few rows": ((3, 40000), so.per_filter(), None),
-    "short rows": ((1101, 64), so.RadialGroup((0,)), (1101, 1)),
-    "stacked layers": ((3, 203, 112), so.RadialGroup((0, -1)), (3, 112)),
-    "output channels first": ((64, 115, 3, 3), so.RadialGroup((0,)), (64, 1)),
-    "vector": ((70001,), so.per_layer(), (1, 486)),
-    "rows of a prime number": ((131, 509), so.per_filter(), (1, 509)),
-}
-
-
-def test_sums_in_one_pass(x64):
-    """Of arrays as they are cut on a CPU: by rows and by groups, and with entries left over."""
-    rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
-    vectors = [
-        {i: jnp.asarray(rng.normal(size=shape)) for i, (shape, *_) in enumerate(LARGE.values())}
-        for _ in range(2)
-    ]
-    groups = [group for _, group, _ in LARGE.values()]
-    for n, (shape, group, carried) in enumerate(LARGE.values()):
-        arrays, view = [vector[n] for vector in vectors], _sums._view(shape, group)
-        leaf = _sums._Leaf(arrays, pairs, group, "float64", view, False)
-        job = _sums._job(leaf)
-        assert _sums._is_large(leaf)
-        assert (job and [each.shape for each in job.start]) == (carried and [carried] * 3)
-        rows = [_sums._most(arrays * times) for times in (1, 2, 3)]
-        assert rows == [16, 12, 8]
-
-    def wanted(vectors):
-        return [_sums.Wanted(vectors, pairs, {i: group}) for i, group in enumerate(groups)]
-
-    @jax.jit
-    def sums(vectors):
-        return _sums.inners(wanted(vectors))
-
-    for n, found in enumerate(sums(vectors)):
-        for (i, j), value in zip(pairs, found, strict=True):
-            expected = geometry.inner(vectors[i][n], vectors[j][n], groups[n])
-            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
-    x, y = vectors
-    grad = jax.jit(jax.grad(lambda x: sum(map(jnp.sum, jax.tree.leaves(sums([x, y]))))))
-    for n, found in grad(x).items():
-        np.testing.assert_allclose(found, 2 * x[n] + y[n], rtol=1e-12)
-
-    @jax.jit
-    def made_again(vectors):
-        x, y = vectors
-        times = lambda parts, numbers: parts[0] * numbers[0]  # noqa: E731
-        # The value itself is wrong, and shall not be read.
-        made = {i: _sums.Remade(0 * y[i], [y[i] / 2], [2.0], times) for i in y}
-        return _sums.inners(wanted([x, made]))
-
-    for ours, theirs in zip(made_again(vectors), sums(vectors), strict=True):
-        np.testing.assert_allclose(jnp.stack(ours), jnp.stack(theirs), rtol=1e-12, atol=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("shape", "group", "rows"),
-    [
-        ((3, 3, 64, 64), so.per_filter(), 31),
-        ((256, 8, 16), so.per_head(-2), 29),
-        ((2, 64, 128), so.RadialGroup((0, -1)), 22),
-        ((300, 64), so.per_channel_block(4), 30),
-        ((30011, 2), so.per_filter(), 31),
-    ],
-)
-@pytest.mark.parametrize("reduced", [False, True])
-def test_sums_in_parts(shape, group, rows, reduced, x64):
-    """As a GPU adds up, here; where the compiler has one kernel for all sums there is none."""
-    rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
-    x, y = arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(2)]
-    leaf = _sums._Leaf(arrays, pairs, group, "float64", _sums._view(shape, group), reduced)
-    assert _sums._rows(leaf) == rows
-
-    def in_parts(x, y):
-        return _sums._in_parts(leaf._replace(arrays=[x, y]), rows)
-
-    for (i, j), value in zip(pairs, jax.jit(in_parts)(x, y), strict=True):
-        expected = geometry.inner(arrays[i], arrays[j], group)
-        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
-    found = jax.grad(lambda x: sum(value.sum() for value in in_parts(x, y)))(x)
-    np.testing.assert_allclose(found, 2 * x + y, rtol=1e-12)
-    for other in ((27, 128), (128,), (3, 64, 4), (37 * 31, 64)):
-        view = _sums._view(other, so.per_filter())
-        rows_of = _sums._rows(leaf._replace(view=view, group=so.per_filter()))
-        assert rows_of == (31 if other == (37 * 31, 64) else None)
-
-
-@pytest.mark.parametrize(
-    ("shape", "group", "rows"),
-    [
-        ((1026, 256), so.per_filter(), 38),
-        ((1024, 128), so.per_layer(), 32),
-        ((4096, 8, 16), so.per_head(-2), 64),
-        ((64, 300), so.per_filter(axis=0), 300),
-        ((128, 128), so.per_filter(), None),
-        ((1009, 1009), so.per_filter(), None),
-    ],
-)
-@pytest.mark.parametrize("reduced", [False, True])
-def test_sums_in_blocks(shape, group, rows, reduced, x64):
-    """As a GPU adds up what it does not store; where it would, there are no blocks."""
-    rng, pairs = np.random.default_rng(0), ((0, 0), (0, 1), (1, 1))
-    x, y = arrays = [jnp.asarray(rng.normal(size=shape)) for _ in range(2)]
-    made = _sums.for_sums(_sums.Remade(y, [y / 2], [2.0], lambda parts, _: parts[0] * 2), group)
-    assert made.stored == (rows is None)
-    view = _sums._view(shape, group)
-    leaf = _sums._Leaf([x, made], pairs, group, "float64", view, reduced)
-    if rows is not None:
-        assert _sums._rows(leaf) == rows
-        sums = jax.jit(lambda leaf_arrays: _sums._in_parts(leaf._replace(arrays=leaf_arrays), rows))
-        for (i, j), value in zip(pairs, sums([x, made]), strict=True):
-            expected = geometry.inner(arrays[i], arrays[j], group)
-            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-10)
-
-
-def test_each_platform_gets_its_sums():
-    """A loop on CPU, parts on a GPU, and what the compiler makes of it on TPU."""
-    x, group = jax.ShapeDtypeStruct((1024, 96), "float32"), so.per_filter()
-    wanted = lambda x: [_sums.Wanted([{0: x}], [(0, 0)] * 2, {0: group})]  # noqa: E731
-    traced = jax.jit(lambda x: _sums.inners(wanted(x))).trace(x)
-    found = {}
-    for platform in ("cpu", "cuda", "tpu"):
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        found[platform] = ["stablehlo.while" in text, "optimization_barrier" in text]
-    assert found == {"cpu": [True, False], "cuda": [False, True], "tpu": [False, False]}
-
-
-def test_the_gradient_of_sums_in_one_pass(x64):
-    shape, group, _ = LARGE["blocks"]
-    x, y = (tree_of({"w": shape}, seed)["w"] for seed in (0, 1))
-    c = jnp.arange(4.0)
-
-    def weighted(x, y):
-        [[xx, xy]] = _sums.inners([_sums.Wanted([{0: x}, {0: y}], [(0, 0), (0, 1)], {0: group})])
-        return (c * (xx + xy)).sum()
-
-    found = jax.jit(jax.grad(weighted))(x, y)
-    np.testing.assert_allclose(found, geometry.scale(c, 2 * x + y, group), rtol=1e-12)
-
-
-def test_parts_where_single_passes_are_slow():
-    """XLA's CPU compiler is slow where one sum has very many columns."""
-
-    def compiled(shape, pairs):
-        x, group = jax.ShapeDtypeStruct(shape, "float32"), so.per_filter()
-        wanted = lambda x: [_sums.Wanted([{0: x}], [(0, 0)] * pairs, {0: group})]  # noqa: E731
-        sums = jax.jit(lambda x: _sums.inners(wanted(x)))
-        text = sums.lower(x).compile().as_text()
-        return " while(" in text, re.search(r"= f32\S+ reduce\(", text) is not None
-
-    # Whether there is a loop, and a sum on its own.
-    assert compiled((16, 40000), 1) == (False, False)
-    assert compiled((128, 40000), 1) == (True, False)
-    assert compiled((1024, 96), 1) == (False, True)
-    assert compiled((1024, 96), 2) == (True, False)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -283,7 +122,7 @@ GROUPS = so.groups_by_path(
     {
         r"(conv|down)/kernel": so.per_filter(),
         r"fc": so.per_layer(joint="fc"),
-        r"query": so.per_head(-2),
+        r"query": so.per_head(axis=-2),
         r"norm/kernel": so.per_channel_block(4),
     }
 )
@@ -323,7 +162,8 @@ def test_compiled_step_is_in_place(name):
 def test_compiled_step_needs_little_memory(name):
     compiled, params = compiled_step(getattr(so, name)(1e-3, groups=GROUPS))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert compiled.memory_analysis().temp_size_in_bytes <= 0.05 * total
+    sums = {"adamsrt": 5, "sgdmrt": 4, "adams": 0}[name]  # parts of them are a 16th of a leaf
+    assert compiled.memory_analysis().temp_size_in_bytes <= (0.05 + sums / 16) * total
 
 
 @pytest.mark.parametrize("name", ["adamsrt", "sgdmrt", "adamg", "hyperball"])
@@ -332,8 +172,8 @@ def test_what_groups_share_is_computed_once(name):
     tx = {
         "adamsrt": so.adamsrt(1e-3, groups=GROUPS),
         "sgdmrt": so.sgdmrt(1e-3, groups=GROUPS),
-        "adamg": so.adamg(1e-3, groups=GROUPS),
-        "hyperball": so.adamh(1e-3, groups=GROUPS, other_learning_rate=1e-3),
+        "adamg": so.adamg(1e-3, groups=GROUPS, other=optax.adam(1e-3)),
+        "hyperball": so.adamh(1e-3, groups=GROUPS, other=optax.adam(1e-3)),
     }[name]
     text = compiled_step(tx)[0].as_text()
     kernels = re.findall(r"= f32\[3,3,64,128\]\S* fusion\(.*calls=%(\S+?)[,\s]", text)
@@ -341,18 +181,6 @@ def test_what_groups_share_is_computed_once(name):
     for kernel in kernels:
         body = text[text.index(f"%{kernel} (") :].split("\n}")[0]
         assert re.findall(r"= f32\[(?:1,)?128\]\S* (?:add|multiply|divide|select)\(", body) == []
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_values_computed_once_are_the_same(dtype, x64):
-    values = jnp.array([1.1, -0.0, 0.0, jnp.inf, -jnp.inf, jnp.nan, 1e-37, -3e38], dtype)
-    arrays = [values, -values]
-    for found in (_sums.each_once(arrays), jax.jit(_sums.each_once)(arrays)):
-        for mine, other in zip(found, arrays, strict=True):
-            assert mine.dtype == other.dtype
-            mine, other = (np.asarray(each.astype("float64")) for each in (mine, other))
-            np.testing.assert_array_equal(mine, other)
-            np.testing.assert_array_equal(np.signbit(mine[:5]), np.signbit(other[:5]))
 
 
 def test_the_composition_copies():

@@ -39,14 +39,14 @@ def train(params: Any, batches: list[jax.Array], gradient: Callable[..., Any]) -
     groups = so.groups_by_path({"kernel": so.per_filter()})
     params = so.place_on_sphere(params, groups, "sqrt(d)")
     rate = optax.cosine_decay_schedule(0.1, 9)
-    fixed = so.hyperball(optax.scale_by_adam(), rate, groups=groups, other_learning_rate=1e-3)
+    fixed = so.hyperball(optax.scale_by_adam(), rate, groups=groups, other=optax.adam(1e-3))
     tx = optax.chain(fixed, so.record_sphere(groups))
     state = tx.init(params)
     for batch in batches:
         updates, state = tx.update(gradient(params, batch), state, params)
         params = optax.apply_updates(params, updates)
     print(so.describe_groups(params, groups).splitlines())
-    return params, state, sum(so.sphere_report(state, groups, params).values())
+    return params, state, sum(so.sphere_report(state, params, groups).values())
 
 
 def right(fn: Callable[..., Any], params: dict[str, Any], state: nnx.State[Any, Any]) -> None:
@@ -55,9 +55,9 @@ def right(fn: Callable[..., Any], params: dict[str, Any], state: nnx.State[Any, 
     so.adamsrt(0.1, groups=so.per_layer())
     so.adamsrt(0.1, groups=True)
     so.adamsrt(0.1, groups=None)
-    so.adamsrt(0.1, groups={"conv": so.per_channel_block(4, "conv"), "layers": {0: None}})
+    so.adamsrt(0.1, groups={"conv": so.per_channel_block(4, joint="conv"), "layers": {0: None}})
     so.adamsrt(0.1, groups=[True, None])
-    so.adamsrt(0.1, groups=(so.per_head(-2), False))
+    so.adamsrt(0.1, groups=(so.per_head(axis=-2), False))
     so.adamsrt(0.1, groups=Tree(so.per_filter()))
     so.adamsrt(0.1, groups=Module(None))
     so.adamsrt(0.1, groups=jax.tree.map(nothing, state))

@@ -67,7 +67,7 @@ so.check_radial_groups(forward, start(), groups, x[:32])
 
 # %%
 def train(tx, groups=groups, seed=0):
-    tx = optax.chain(so.record_gradient(groups), tx, so.record_sphere(groups))
+    tx = so.chain(so.record_gradient(groups), tx, so.record_sphere(groups))
 
     @jax.jit
     def step(params, state, batch):
@@ -84,7 +84,7 @@ def train(tx, groups=groups, seed=0):
     for _ in range(STEPS):
         batch = rng.choice(len(x), BATCH, replace=False)
         params, state, loss = step(params, state, batch)
-        rows.append(so.sphere_report(state, groups, params) | {"loss": float(loss)})
+        rows.append(so.sphere_report(state, params, groups) | {"loss": float(loss)})
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -133,13 +133,14 @@ plt.show()
 # ## Too large, too small
 #
 # An angle near 1 radian means that a weight forgets in a step what it was; one below 1e-4 for the
-# whole run means that a layer is where it started. Under Hyperball the angle *is* the learning
-# rate, so the same picture can be read beforehand.
+# whole run means that a layer is where it started. Under AdamH the angle *is* the learning rate,
+# so the same picture can be read beforehand.
 
 # %%
-runs = {f"angle {angle:g}": train(so.hyperball(optax.scale_by_adam(), angle, groups=groups,
-                                               other_learning_rate=3e-3))
-        for angle in (1e-4, 1e-2, 1.0)}  # fmt: skip
+runs = {
+    f"angle {angle:g}": train(so.adamh(angle, groups=groups, other=optax.adam(3e-3)))
+    for angle in (1e-4, 1e-2, 1.0)
+}
 axes = show(runs, KEYS, TITLES)
 axes[0].set_yscale("log")
 axes[2].set_yscale("log")

@@ -129,13 +129,13 @@ def accuracy(model, x, y):
 
 def train(tx, seed=0):
     model = ResNet(nnx.Rngs(seed))
-    tx = optax.chain(tx, so.record_sphere(groups))
+    tx = so.chain(tx, so.record_sphere(groups))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     rng, history = np.random.default_rng(seed), []
     for _ in range(EPOCHS):
         order = rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH)
         losses = [train_step(model, optimizer, x[batch], y[batch]) for batch in order]
-        report = so.sphere_report(optimizer, groups, nnx.state(model, nnx.Param))
+        report = so.sphere_report(optimizer, nnx.state(model, nnx.Param), groups)
         model.eval()
         test = accuracy(model, x_test, y_test)
         model.train()

@@ -14,8 +14,8 @@
 # # A transformer, from AdamW to AdamH
 #
 # A small decoder with RMSNorm and QK-norm learns a text byte by byte: first under AdamW, then with
-# its matrices on spheres under AdamH, where the learning rate is an angle and decay is gone. It
-# takes a minute on two cores, and needs
+# its matrices on spheres under AdamH, where the learning rate is an angle and decay does nothing.
+# It takes a minute on two cores, and needs
 # `pip install ".[examples]"` in a clone.
 
 # %%
@@ -97,18 +97,15 @@ groups = so.groups_by_path({r"blocks/\d+/(q|k|v|o|up|down)/kernel": so.per_layer
 # ## Before and after
 #
 # AdamW has a learning rate and a decay. AdamH has one number for the matrices, the angle per step
-# in radians; embedding, head and gains keep Adam at the rate that they had. A first guess of the
+# in radians; embedding, head and gains keep the AdamW that they had. A first guess of the
 # angle is sqrt(lr wd): here sqrt(3e-3 x 0.1) = 0.017.
 
 # %%
 STEPS = 250
 down_from = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, 20, STEPS)
-optimizers = {
-    "adamw": optax.adamw(down_from(3e-3), b2=0.99, weight_decay=0.1),
-    "adamh": so.adamh(
-        down_from(0.017), b2=0.99, groups=groups, other_learning_rate=down_from(3e-3)
-    ),
-}
+adamw = optax.adamw(down_from(3e-3), b2=0.99, weight_decay=0.1)
+adamh = so.adamh(down_from(0.017), b2=0.99, groups=groups, other=adamw)
+optimizers = {"adamw": adamw, "adamh": adamh}
 
 
 @nnx.jit
@@ -124,14 +121,14 @@ def train_step(model, optimizer, tokens):
 
 def train(tx, seed=0):
     model = Decoder(nnx.Rngs(seed))
-    optimizer = nnx.Optimizer(model, optax.chain(tx, so.record_sphere(groups)), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, so.chain(tx, so.record_sphere(groups)), wrt=nnx.Param)
     rng, losses, reports = np.random.default_rng(seed), [], []
     for step in range(STEPS):
         starts = rng.integers(0, len(tokens) - CONTEXT, 16)
         windows = np.stack([tokens[start : start + CONTEXT] for start in starts])
         losses.append(train_step(model, optimizer, windows))
         if step % 10 == 9:
-            reports.append(so.sphere_report(optimizer, groups, nnx.state(model, nnx.Param)))
+            reports.append(so.sphere_report(optimizer, nnx.state(model, nnx.Param), groups))
     return np.array(losses), reports
 
 

@@ -15,7 +15,7 @@ import sys
 import jax
 import tyro
 
-from ..outputs import check_out
+from ..helpers.outputs import check_out
 from .cells import run_cell, seeds_of
 from .errors import DataError, stop
 from .options import Command, Common, Plot, Run, Sweep, Table

@@ -6,7 +6,6 @@ Built inside the jitted step, so that all learning rates, decays and betas share
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import optax
 
 import spherical_optax as so
@@ -31,11 +30,6 @@ class Setting(NamedTuple):
 Schedule: TypeAlias = Callable[[Number], optax.Schedule]  # of the initial learning rate
 
 
-def outside_groups(params: Any) -> Any:
-    """The leaves that no sphere holds: all but the convolutions' kernels."""
-    return jax.tree.map(lambda x: x.ndim < 4, params)
-
-
 def make_optimizer(
     name: Optimizer, setting: Setting, schedule: Schedule
 ) -> optax.GradientTransformation:
@@ -47,16 +41,16 @@ def make_optimizer(
     rate, decay = schedule(setting.learning_rate), setting.weight_decay
     b1, b2 = setting.b1, setting.b2
     l2 = optax.add_decayed_weights(decay)
-    l2_outside = optax.masked(l2, outside_groups)
+    adam = optax.chain(l2, optax.adam(rate, b1, b2))
     match name:
         case "sgd":
             return optax.chain(l2, optax.sgd(rate, momentum=b1))
         case "adam":
-            return optax.chain(l2, optax.adam(rate, b1, b2))
+            return adam
         case "adamw":
             return optax.adamw(rate, b1, b2, weight_decay=decay)
         case "adamg":
-            return optax.chain(l2_outside, so.adamg(rate, b1, b2, groups=GROUPS))
+            return so.adamg(rate, b1, b2, groups=GROUPS, other=adam)
         case "adams":
             return so.adams(rate, b1, b2, groups=GROUPS, weight_decay=decay)
         case "adamsrt":
@@ -64,10 +58,7 @@ def make_optimizer(
         case "sgdmrt":
             return so.sgdmrt(rate, b1, groups=GROUPS, weight_decay=decay)
         case "hyperball":
-            inner = optax.scale_by_adam(b1, b2)
-            return optax.chain(
-                l2_outside, so.hyperball(inner, rate, groups=GROUPS, other_learning_rate=rate)
-            )
+            return so.hyperball(optax.scale_by_adam(b1, b2), rate, groups=GROUPS, other=adam)
         case "rotational_adamw":
             return so.rotational_adamw(rate, b1, b2, groups=GROUPS, weight_decay=decay)
 
@@ -81,4 +72,4 @@ def record(name: Optimizer, tx: optax.GradientTransformation, setting: Setting) 
         adam = {"b1": setting.b1, "b2": setting.b2, "eps": EPSILON}
         numbers = {} if name in ("sgd", "sgdmrt") else adam
         tx = so.record_effective_learning_rate(tx, GROUPS, **numbers)
-    return optax.chain(tx, so.record_sphere(GROUPS))
+    return so.chain(tx, so.record_sphere(GROUPS))

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from spherical_optax import _complex, _trees, geometry
+from spherical_optax import _complex, _trees
+from spherical_optax._numerics import wide
 from spherical_optax.detection import _flow, _program, _widened
 from spherical_optax.detection._arguments import is_floating, varied
 from spherical_optax.detection._points import drawn, is_known, jittered
@@ -302,14 +303,15 @@ def _evaluation(program: core.ClosedJaxpr) -> Callable[..., Any]:
             outputs = [jnp.where(mask, output, 0) for mask, output in pairs]
             total = jnp.zeros(())
             for number, output in enumerate(outputs):
-                wide = geometry.wide(output)
-                size = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), initial=0))
-                weights = jax.random.normal(jax.random.fold_in(key, number), wide.shape, wide.dtype)
-                total = total + jnp.sum(weights * wide) / jnp.where(size == 0, 1, size)
+                output = wide(output)
+                size = jax.lax.stop_gradient(jnp.max(jnp.abs(output), initial=0))
+                key_of = jax.random.fold_in(key, number)
+                weights = jax.random.normal(key_of, output.shape, output.dtype)
+                total = total + jnp.sum(weights * output) / jnp.where(size == 0, 1, size)
             return total, outputs
 
         (_, outputs), grads = jax.value_and_grad(random_function, has_aux=True)(point)
-        products = [geometry.wide(g) * geometry.wide(x) for g, x in zip(grads, point, strict=True)]
+        products = [wide(g) * wide(x) for g, x in zip(grads, point, strict=True)]
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(p), initial=0) for p in products]))
         return outputs, [p / jnp.where(largest == 0, 1, largest) for p in products]
 

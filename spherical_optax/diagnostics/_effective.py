@@ -9,22 +9,25 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
-from spherical_optax._trial import Trial, trials
+from spherical_optax._checks.trial import Trial, trials
+from spherical_optax._engine.foreign import foreign
+from spherical_optax._engine.layout import Layout, per_entry
+from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.state import pick
+from spherical_optax._numerics import accumulator, safe_divide, safe_sqrt, wide
 from spherical_optax.diagnostics._recorders import (
     as_records,
     blank_records,
     check_records,
     nested,
 )
-from spherical_optax.groups import Groups, RadialGroup, group_size
+from spherical_optax.groups import Groups, Joint, RadialGroup, group_size
 from spherical_optax.transforms import (
-    ScaleByAdamSRTState,
+    ScaleByAdamgState,
+    ScaleByAdamsrtState,
     ScaleByAdamsState,
     TransportedTraceState,
 )
-from spherical_optax.transforms._foreign import foreign
-from spherical_optax.transforms._pair import check_type, pair, per_entry, resolve
-from spherical_optax.transforms._units import Unit, pick
 
 
 class EffectiveStep(NamedTuple):
@@ -106,10 +109,10 @@ def effective_learning_rate(
     b = jax.tree.map(_per_entry, group, x, b)
     size = group_size(dict(enumerate(jax.tree.leaves(group))), jax.tree.leaves(x))
     s = geometry.norm(b, group) / math.sqrt(size)
-    quotient = jax.tree.map(lambda p, q: geometry.wide(p) / q, a, b)
+    quotient = jax.tree.map(lambda p, q: wide(p) / q, a, b)
     c = geometry.scale(r * s, quotient, group)
-    A = geometry.safe_divide(jnp.asarray(learning_rate, r.dtype), r * r * s)
-    forward = 1 - A * geometry.safe_divide(geometry.inner(c, x, group), r)
+    A = safe_divide(jnp.asarray(learning_rate, r.dtype), r * r * s)
+    forward = 1 - A * safe_divide(geometry.inner(c, x, group), r)
     direction = geometry.project(c, x, group)
     return EffectiveStep(
         learning_rate=A / forward,
@@ -120,7 +123,7 @@ def effective_learning_rate(
 
 def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
     """The denominator of each entry of x."""
-    b = jnp.asarray(b, geometry.accumulator(x.dtype))
+    b = jnp.asarray(b, accumulator(x.dtype))
     per_group = group.shape(x.shape)
     if b.shape not in (x.shape, per_group, ()):
         raise ValueError(
@@ -203,29 +206,29 @@ def record_effective_learning_rate(
         check_number("record_effective_learning_rate", "eps", eps)
     wrapped = foreign("record_effective_learning_rate", tx)
 
-    def rates(g: Any, v: Any, x: Any, state: Any, params: Any, unit: Unit) -> tuple[Any, Any]:
+    def rates(g: Any, v: Any, x: Any, state: Any, params: Any, joint: Joint) -> tuple[Any, Any]:
         """The effective learning rate, and the cosine of the step and of what it should follow."""
-        r = geometry.norm(pick(unit, x), unit)
-        c = _numerator(g, pick(unit, x), state, params, unit, b1, b2, eps)
-        c = geometry.project(c, pick(unit, x), unit)
-        step = {i: geometry.wide(v[i]) for i in unit}
-        tangent = geometry.project(step, pick(unit, x), unit)
-        forward = r + geometry.safe_divide(geometry.inner(step, pick(unit, x), unit), r)
-        length, norm = geometry.norm(tangent, unit), geometry.norm(c, unit)
-        rate = geometry.safe_divide(geometry.safe_divide(length, norm), forward)
-        cosine = -geometry.safe_divide(geometry.inner(tangent, c, unit), length * norm)
+        r = geometry.norm(pick(joint, x), joint)
+        c = _numerator(g, pick(joint, x), state, params, joint, b1, b2, eps)
+        c = geometry.project(c, pick(joint, x), joint)
+        step = {i: wide(v[i]) for i in joint}
+        tangent = geometry.project(step, pick(joint, x), joint)
+        forward = r + safe_divide(geometry.inner(step, pick(joint, x), joint), r)
+        length, norm = geometry.norm(tangent, joint), geometry.norm(c, joint)
+        rate = safe_divide(safe_divide(length, norm), forward)
+        cosine = -safe_divide(geometry.inner(tangent, c, joint), length * norm)
         return rate, cosine
 
     def check(run: list[Trial]) -> None:
         params, gradients, updates, state = run[-1]
-        units, x, (g, v), _ = pair(
-            "record_effective_learning_rate", groups, params, gradients, (updates, per_entry)
-        )
-        for unit in (unit for unit in units if all(x[i] is not None for i in unit)):
-            cosine = rates(g, v, x, state, params, unit)[1]
+        who, field = "record_effective_learning_rate", (updates, per_entry)
+        layout = Layout.read(who, groups, params, gradients, field)
+        g, x, [v] = layout.updates, layout.params, layout.fields
+        for joint in (joint for joint in layout.joints if all(x[i] is not None for i in joint)):
+            cosine = rates(g, v, x, state, params, joint)[1]
             off = (cosine != 0) & (jnp.abs(cosine) < 1 - 1e-2)
             if not isinstance(off, jax.core.Tracer) and off.any():  # of numbers that are known
-                path = _trees.visible_leaves(params)[next(iter(unit))].path
+                path = _trees.visible_leaves(params)[next(iter(joint))].path
                 raise ValueError(
                     f"record_effective_learning_rate: {path}: expected steps along the quotient of "
                     f"the moments that tx keeps, found a cosine of {float(cosine[off][0]):.2f} "
@@ -233,18 +236,18 @@ def record_effective_learning_rate(
                 )
 
     def init(params: optax.Params) -> RecordEffectiveLearningRateState:
-        units, x = resolve("record_effective_learning_rate", groups, params)
+        layout = Layout.at_init("record_effective_learning_rate", groups, params)
         inner_state = wrapped.init(params)
-        for unit in units:
-            _moments(inner_state, params, unit, b1, b2, eps)
+        for joint in layout.joints:
+            _moments(inner_state, params, joint, b1, b2, eps)
         try:
-            run = next(trials(tx, params, units, 3, same=False))
+            run = next(trials(tx, params, layout.joints, 3, same=False))
         except Exception:  # it asks for what only a program has: its steps are not known here
             run = None
         if run is not None:
             with jax.ensure_compile_time_eval():  # known where init is traced too
                 check(run)
-        return RecordEffectiveLearningRateState(blank_records(units, x, params), inner_state)
+        return RecordEffectiveLearningRateState(blank_records(layout, params), inner_state)
 
     def update(
         updates: optax.Updates,
@@ -254,16 +257,16 @@ def record_effective_learning_rate(
     ) -> tuple[optax.Updates, RecordEffectiveLearningRateState]:
         check_type("record_effective_learning_rate", state, RecordEffectiveLearningRateState)
         steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
-        units, x, (g, v), _ = pair(
-            "record_effective_learning_rate", groups, params, updates, (steps, per_entry)
-        )
+        who, field = "record_effective_learning_rate", (steps, per_entry)
+        layout = Layout.read(who, groups, params, updates, field)
+        g, x, [v] = layout.updates, layout.params, layout.fields
         values: dict[int, jax.Array] = {}
-        for unit in units:
-            if all(v[i] is not None for i in unit):
-                rate, _ = rates(g, v, x, inner_state, params, unit)
+        for joint in layout.joints:
+            if all(v[i] is not None for i in joint):
+                rate, _ = rates(g, v, x, inner_state, params, joint)
             else:  # a missing update is a step of zero
-                rate = jnp.zeros_like(geometry.norm(pick(unit, x), unit))
-            values |= as_records(rate, unit, x)
+                rate = jnp.zeros_like(geometry.norm(pick(joint, x), joint))
+            values |= as_records(rate, joint, x)
         recorded = nested(values, params)
         check_records("record_effective_learning_rate", state.effective_learning_rate, recorded)
         return steps, RecordEffectiveLearningRateState(recorded, inner_state)
@@ -275,14 +278,15 @@ def record_effective_learning_rate(
 KNOWN = (
     optax.TraceState,
     optax.ScaleByAdamState,
+    ScaleByAdamgState,
     ScaleByAdamsState,
-    ScaleByAdamSRTState,
+    ScaleByAdamsrtState,
     TransportedTraceState,
 )
 
 
 class _Moments(NamedTuple):
-    """The state that holds a unit's moments, and these by leaf number."""
+    """The state that holds a joint's moments, and these by leaf number."""
 
     holder: Any
     first: dict[int, Any]
@@ -290,15 +294,15 @@ class _Moments(NamedTuple):
 
 
 def _moments(
-    inner_state: Any, params: Any, unit: Unit, b1: Any, b2: Any, eps: Any
+    inner_state: Any, params: Any, joint: Joint, b1: Any, b2: Any, eps: Any
 ) -> _Moments | None:
-    """The moments that an optimizer keeps of a unit; `None` if it keeps none.
+    """The moments that an optimizer keeps of a joint; `None` if it keeps none.
 
     Raises:
       ValueError: If there are several, or such as are not known, or a number is missing.
     """
     who, leaves = "record_effective_learning_rate", _trees.visible_leaves(params)
-    first = leaves[next(iter(unit))]
+    first = leaves[next(iter(joint))]
     holders = [
         node
         for node in jax.tree.leaves(inner_state, is_leaf=_holds_moments)
@@ -312,8 +316,8 @@ def _moments(
             f"{who}: {first.path}: expected moments in one of "
             f"{[each.__name__ for each in KNOWN]}, found {found}, whose steps it does not know."
         )
-    moments = {i: _field(holders[0], leaves[i].keys) for i in unit}
-    seconds = {i: _field(holders[0], leaves[i].keys, ("nu",)) for i in unit}
+    moments = {i: _field(holders[0], leaves[i].keys) for i in joint}
+    seconds = {i: _field(holders[0], leaves[i].keys, ("nu",)) for i in joint}
     needed = [("b1", b1)] if hasattr(holders[0], "mu") else []
     if isinstance(holders[0], optax.ScaleByAdamState):
         needed += [("b2", b2), ("eps", eps)]
@@ -342,26 +346,23 @@ def _field(
 
 
 def _numerator(
-    g: Any, x: Any, state: Any, params: Any, unit: Unit, b1: Any, b2: Any, eps: Any
+    g: Any, x: Any, state: Any, params: Any, joint: Joint, b1: Any, b2: Any, eps: Any
 ) -> dict[int, Any]:
     """C of `effective_learning_rate`, but for its radial part."""
-    r = geometry.norm(x, unit)
-    moments = _moments(state, params, unit, b1, b2, eps)
+    r = geometry.norm(x, joint)
+    moments = _moments(state, params, joint, b1, b2, eps)
     if moments is None:
-        return geometry.scale(r, {i: geometry.wide(g[i]) for i in unit}, unit)
-    a = {i: geometry.wide(each) for i, each in moments.first.items()}
+        return geometry.scale(r, {i: wide(g[i]) for i in joint}, joint)
+    a = {i: wide(each) for i, each in moments.first.items()}
     corrected = 1.0
     if hasattr(moments.holder, "mu"):
         corrected = 1 - b1 ** moments.holder.count.astype(r.dtype)
-    if isinstance(moments.holder, ScaleByAdamSRTState | TransportedTraceState):
+    if isinstance(moments.holder, ScaleByAdamsrtState | TransportedTraceState):
         r = jnp.ones_like(r)  # their moments are of r g
     if isinstance(moments.holder, optax.ScaleByAdamState):
         second = 1 - b2 ** moments.holder.count.astype(r.dtype)
-        b = {
-            i: geometry.safe_sqrt(geometry.wide(v) / second) + eps
-            for i, v in moments.second.items()
-        }
-        s = geometry.norm(b, unit) / math.sqrt(group_size(unit, x))
-        a = {i: geometry.safe_divide(a[i], b[i]) for i in unit}
+        b = {i: safe_sqrt(wide(v) / second) + eps for i, v in moments.second.items()}
+        s = geometry.norm(b, joint) / math.sqrt(group_size(joint, x))
+        a = {i: safe_divide(a[i], b[i]) for i in joint}
         r = r * s
-    return geometry.scale(r / corrected, a, unit)
+    return geometry.scale(r / corrected, a, joint)

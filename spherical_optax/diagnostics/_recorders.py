@@ -9,9 +9,11 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, RadialGroup, joints_of
-from spherical_optax.transforms._pair import check_type, pair, resolve
-from spherical_optax.transforms._units import Unit, per_leaf, pick, zeros_as
+from spherical_optax._engine.layout import Layout
+from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.state import per_leaf, pick, zeros_as
+from spherical_optax._numerics import safe_divide, wide
+from spherical_optax.groups import Groups, Joint, RadialGroup, joints_of
 
 
 class SphereMetrics(NamedTuple):
@@ -95,8 +97,8 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
       Neurocomputing 2022.
     """
 
-    def measure(v: Any, x: Any, unit: Unit) -> jax.Array:
-        return jnp.stack(_measure({i: geometry.wide(v[i]) for i in unit}, x, unit))
+    def measure(v: Any, x: Any, joint: Joint) -> jax.Array:
+        return jnp.stack(_measure({i: wide(v[i]) for i in joint}, x, joint))
 
     return _recorder(
         "record_sphere", groups, measure, (len(SphereMetrics._fields),), RecordSphereState
@@ -139,10 +141,10 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
       Neurocomputing 2022.
     """
 
-    def measure(g: Any, x: Any, unit: Unit) -> jax.Array:
-        g = {i: geometry.wide(g[i]) for i in unit}
-        cosine = geometry.safe_divide(geometry.inner(g, x, unit), geometry.norm(g, unit))
-        return geometry.safe_divide(cosine, geometry.norm(x, unit))
+    def measure(g: Any, x: Any, joint: Joint) -> jax.Array:
+        g = {i: wide(g[i]) for i in joint}
+        cosine = safe_divide(geometry.inner(g, x, joint), geometry.norm(g, joint))
+        return safe_divide(cosine, geometry.norm(x, joint))
 
     return _recorder("record_gradient", groups, measure, (), RecordGradientState)
 
@@ -191,26 +193,26 @@ def sphere_metrics(
         )
     x, y = [leaf.value for leaf in leaves], [leaf.value for leaf in others]
     found: dict[int, SphereMetrics] = {}
-    for unit in joints_of(groups, params_before):
-        for i in unit:
+    for joint in joints_of(groups, params_before):
+        for i in joint:
             if np.shape(x[i]) != np.shape(y[i]):
                 raise ValueError(
                     f"sphere_metrics: {leaves[i].path}: expected the same shape in both "
                     f"snapshots, found {np.shape(x[i])} before and {np.shape(y[i])} after."
                 )
-        step = {i: geometry.wide(y[i]) - geometry.wide(x[i]) for i in unit}
-        metrics = _measure(step, pick(unit, x), unit)
-        for i, group in unit.items():
+        step = {i: wide(y[i]) - wide(x[i]) for i in joint}
+        metrics = _measure(step, pick(joint, x), joint)
+        for i, group in joint.items():
             shape = group.shape(x[i].shape)
             found[i] = SphereMetrics(*(value.reshape(shape) for value in metrics))
     return {leaves[i].path: found[i] for i in sorted(found)}
 
 
-def _measure(step: Any, x: Any, unit: Unit) -> SphereMetrics:
-    """The metrics of one unit that makes a step from x, one value per group."""
-    r = geometry.norm(x, unit)
-    radial = geometry.safe_divide(geometry.inner(step, x, unit), r)
-    tangential = geometry.norm(geometry.project(step, x, unit), unit)
+def _measure(step: Any, x: Any, joint: Joint) -> SphereMetrics:
+    """The metrics of one joint that makes a step from x, one value per group."""
+    r = geometry.norm(x, joint)
+    radial = safe_divide(geometry.inner(step, x, joint), r)
+    tangential = geometry.norm(geometry.project(step, x, joint), joint)
     after = jnp.hypot(r + radial, tangential)
     degenerate = (r == 0) | (after == 0)
     angle = jnp.arctan2(tangential, jnp.where(degenerate, 1, r + radial))
@@ -226,15 +228,15 @@ def _measure(step: Any, x: Any, unit: Unit) -> SphereMetrics:
 def _recorder(
     who: str,
     groups: Groups,
-    measure: Callable[[Any, Any, Unit], jax.Array],
+    measure: Callable[[Any, Any, Joint], jax.Array],
     metrics: tuple[int, ...],
     state_type: type[Any],
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation that keeps what `measure` finds: per group, or rows of such values."""
 
     def init(params: optax.Params) -> Any:
-        units, x = resolve(who, groups, params)
-        return state_type(blank_records(units, x, params, metrics))
+        layout = Layout.at_init(who, groups, params)
+        return state_type(blank_records(layout, params, metrics))
 
     def update(
         updates: optax.Updates,
@@ -244,12 +246,13 @@ def _recorder(
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         check_type(who, state, state_type)
-        units, x, (v,), _ = pair(who, groups, params, updates)
+        layout = Layout.read(who, groups, params, updates)
+        x, v = layout.params, layout.updates
         values: dict[int, jax.Array] = {}
-        for unit in units:
+        for joint in layout.joints:
             # A missing update is a step of zero.
-            there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in unit}
-            values |= as_records(measure(there, pick(unit, x), unit), unit, x, metrics)
+            there = {i: jnp.zeros_like(x[i]) if v[i] is None else v[i] for i in joint}
+            values |= as_records(measure(there, pick(joint, x), joint), joint, x, metrics)
         recorded = state_type(nested(values, params))
         check_records(who, state, recorded)
         return updates, recorded
@@ -263,20 +266,22 @@ def blank_record(x: jax.Array, group: RadialGroup, metrics: tuple[int, ...] = ()
     return zeros_as(lambda x: jnp.broadcast_to(geometry.norm(x, group), shape), x)
 
 
-def blank_records(
-    units: list[Unit], x: list[Any], params: Any, metrics: tuple[int, ...] = ()
-) -> Any:
+def blank_records(layout: Layout, params: Any, metrics: tuple[int, ...] = ()) -> Any:
     """What a recorder keeps before the first update."""
-    blank = {i: blank_record(x[i], group, metrics) for unit in units for i, group in unit.items()}
+    blank = {
+        i: blank_record(layout.params[i], group, metrics)
+        for joint in layout.joints
+        for i, group in joint.items()
+    }
     return nested(blank, params)
 
 
 def as_records(
-    values: jax.Array, unit: Unit, x: list[Any], metrics: tuple[int, ...] = ()
+    values: jax.Array, joint: Joint, x: list[Any], metrics: tuple[int, ...] = ()
 ) -> dict[int, jax.Array]:
-    """The values of a unit as each of its leaves keeps them."""
-    like = {i: blank_record(x[i], group, metrics) for i, group in unit.items()}
-    return per_leaf(values, unit, like)
+    """The values of a joint as each of its leaves keeps them."""
+    like = {i: blank_record(x[i], group, metrics) for i, group in joint.items()}
+    return per_leaf(values, joint, like)
 
 
 def check_records(who: str, before: Any, after: Any) -> None:

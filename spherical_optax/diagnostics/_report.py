@@ -22,7 +22,7 @@ RECORDERS = {
 }
 
 
-def sphere_report(state_or_metrics: Any, groups: Groups, params: Any) -> dict[str, float]:
+def sphere_report(state_or_metrics: Any, params: Any, groups: Groups) -> dict[str, float]:
     """Flat names and numbers of what was recorded, for any logger.
 
     ```
@@ -40,8 +40,8 @@ def sphere_report(state_or_metrics: Any, groups: Groups, params: Any) -> dict[st
         `optax.inject_hyperparams`, `optax.MultiSteps` and other wrappers, or what holds such a
         state: Linen's `TrainState`, an `nnx.Optimizer` or its `opt_state`. Or what
         `sphere_metrics` returns.
-      groups: See the module `spherical_optax.groups`; those of the recorders.
       params: The parameters; only paths and shapes are read.
+      groups: See the module `spherical_optax.groups`; those of the recorders.
 
     Returns:
       From name to number, in the order of the parameters, with the same names from `init` on:
@@ -58,14 +58,14 @@ def sphere_report(state_or_metrics: Any, groups: Groups, params: Any) -> dict[st
       >>> tx = optax.chain(so.record_gradient(groups), optax.sgd(1.0))
       >>> params = {"fc": {"kernel": jnp.array([2., 0.])}}
       >>> _, state = tx.update({"fc": {"kernel": jnp.array([0., 3.])}}, tx.init(params), params)
-      >>> so.sphere_report(state, groups, params)
+      >>> so.sphere_report(state, params, groups)
       {'sphere/fc/kernel/gradient_cosine_max': 0.0}
     """
     leaves = _trees.visible_leaves(params)
     shapes = {
         leaves[i].path: group.shape(np.shape(leaves[i].value))
-        for unit in joints_of(groups, params)
-        for i, group in unit.items()
+        for joint in joints_of(groups, params)
+        for i, group in joint.items()
     }
     if isinstance(state_or_metrics, Mapping) and all(
         isinstance(each, SphereMetrics) for each in state_or_metrics.values()

@@ -18,6 +18,7 @@ use rules.
 `describe_groups` shows what was selected.
 """
 
+from spherical_optax.groups._by_rule import by_rule, check_rules, check_used
 from spherical_optax.groups._forms import Finding, FoundGroups, Groups
 from spherical_optax.groups._group import (
     Joint,
@@ -39,6 +40,9 @@ __all__ = [
     "Joint",
     "PathRules",
     "RadialGroup",
+    "by_rule",
+    "check_rules",
+    "check_used",
     "describe_groups",
     "first_match",
     "group_size",
@@ -50,7 +54,3 @@ __all__ = [
     "per_head",
     "per_layer",
 ]
-
-# until the transforms use the new names
-radial_units = joints_of
-units_at_init = joints_at_init

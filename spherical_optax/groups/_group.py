@@ -117,12 +117,13 @@ def _index(name: str, value: Any) -> int:
         raise TypeError(f"RadialGroup: expected integer {name}, found {value!r}.") from None
 
 
-def per_filter(*, axis: int = -1) -> RadialGroup:
+def per_filter(*, axis: int = -1, joint: str | None = None) -> RadialGroup:
     """One group per output channel (BatchNorm).
 
     Args:
       axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
         PyTorch kernel `(out, in, ...)`.
+      joint: Label shared with the leaves that belong to the same groups.
 
     Examples:
       >>> from spherical_optax import per_filter
@@ -131,10 +132,10 @@ def per_filter(*, axis: int = -1) -> RadialGroup:
       >>> per_filter(axis=0).shape((32, 16, 3, 3))
       (32,)
     """
-    return RadialGroup(index_axes=(axis,))
+    return RadialGroup(index_axes=(axis,), joint=joint)
 
 
-def per_layer(joint: str | None = None) -> RadialGroup:
+def per_layer(*, joint: str | None = None) -> RadialGroup:
     """The whole array as one group (LayerNorm, RMSNorm).
 
     Args:
@@ -148,14 +149,14 @@ def per_layer(joint: str | None = None) -> RadialGroup:
     return RadialGroup(index_axes=(), joint=joint)
 
 
-def per_channel_block(n: int, joint: str | None = None, *, axis: int = -1) -> RadialGroup:
+def per_channel_block(n: int, *, axis: int = -1, joint: str | None = None) -> RadialGroup:
     """`n` contiguous blocks of output channels, one group each (GroupNorm).
 
     Args:
       n: Number of blocks; must divide the number of output channels.
-      joint: Label shared with the leaves that belong to the same groups.
       axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
         PyTorch kernel `(out, in, ...)` and of its bias.
+      joint: Label shared with the leaves that belong to the same groups.
 
     Examples:
       >>> from spherical_optax import per_channel_block
@@ -167,7 +168,7 @@ def per_channel_block(n: int, joint: str | None = None, *, axis: int = -1) -> Ra
     return RadialGroup(index_axes=(axis,), num_blocks=n, joint=joint)
 
 
-def per_head(axis: int, joint: str | None = None) -> RadialGroup:
+def per_head(*, axis: int, joint: str | None = None) -> RadialGroup:
     """One group per attention head, for a norm over each head (QK-norm).
 
     Args:

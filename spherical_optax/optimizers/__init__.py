@@ -4,18 +4,18 @@ Arguments that an optax alias has too mean here what they mean there. `groups` i
 required: a spherical optimizer without groups is just Adam or momentum SGD.
 """
 
+from spherical_optax._checks.direction import direction
+from spherical_optax.optimizers._adamg import adamg, adamg_star
 from spherical_optax.optimizers._adamp import adamp, sgdp
-from spherical_optax.optimizers._decoupled import adamsrtw, adamsw
-from spherical_optax.optimizers._direction import direction
-from spherical_optax.optimizers._fixed_radius import (
-    hyperball,
+from spherical_optax.optimizers._adams import adams, adamsrt, adamsrtw, adamsw
+from spherical_optax.optimizers._hyperball import adamh, hyperball, muonh
+from spherical_optax.optimizers._rotational import (
     rotational,
     rotational_adamw,
     rotational_lion,
     rotational_sgdm,
 )
-from spherical_optax.optimizers._named import adamh, muonh
-from spherical_optax.optimizers._spherical import adamg, adamg_star, adams, adamsrt, sgdmrt
+from spherical_optax.optimizers._sgdmrt import sgdmrt
 
 __all__ = [
     "adamg",

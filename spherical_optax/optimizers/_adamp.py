@@ -9,9 +9,9 @@ import optax
 from spherical_optax._checks import check_number
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._parts import learning_rates
-from spherical_optax.transforms import project_if_tangent
-from spherical_optax.transforms._lift import chain
+from spherical_optax.optimizers._common import check_adam, decays, learning_rates
+from spherical_optax.transforms import chain
+from spherical_optax.transforms._project_if_tangent import project_if_tangent_as
 
 
 def adamp(
@@ -27,6 +27,7 @@ def adamp(
     delta: jax.typing.ArrayLike = 0.1,
     wd_ratio: jax.typing.ArrayLike = 0.1,
     nesterov: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamP: AdamW whose updates are projected where gradients look tangent.
 
@@ -51,6 +52,7 @@ def adamp(
       wd_ratio: Factor of the decay where projected, in [0, 1].
       nesterov: Whether to use b1 m + (1 - b1) g in place of m, corrected as m is (unlike
         `optax.adam`, which corrects for one step more).
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
@@ -76,23 +78,33 @@ def adamp(
       Heo et al., AdamP: slowing down the slowdown for momentum optimizers on
       scale-invariant weights, ICLR 2021.
     """
-    for name, value, below in (("b1", b1, 1.0), ("b2", b2, 1.0), ("eps", eps, float("inf"))):
-        check_number("adamp", name, value, below=below)
-    adam = _scale_by_nesterov_adam(b1, b2, eps) if nesterov else optax.scale_by_adam(b1, b2, eps)
+    check_adam("adamp", b1, b2, eps)
+    if nesterov:
+        adam = _scale_by_nesterov_adam(b1, b2, eps, mu_dtype)
+    else:
+        adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     return chain(
-        project_if_tangent(
-            adam, groups, delta=delta, weight_decay=weight_decay, mask=mask, wd_ratio=wd_ratio
+        project_if_tangent_as(
+            "adamp",
+            adam,
+            groups,
+            delta=delta,
+            weight_decay=weight_decay,
+            mask=mask,
+            wd_ratio=wd_ratio,
         ),
         learning_rates("adamp", learning_rate, other_learning_rate, groups),
         who="adamp",
     )
 
 
-def _scale_by_nesterov_adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+def _scale_by_nesterov_adam(
+    b1: Any, b2: Any, eps: Any, mu_dtype: Any
+) -> optax.GradientTransformation:
     """`optax.scale_by_adam(nesterov=True)` with the bias correction of the published AdamP."""
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
-        mu, nu = optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+        mu, nu = optax.tree.zeros_like(params, dtype=mu_dtype), optax.tree.zeros_like(params)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     def update(
@@ -108,7 +120,7 @@ def _scale_by_nesterov_adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransfo
             optax.tree.bias_correction(ahead, b1, count),
             optax.tree.bias_correction(nu, b2, count),
         )
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        return updates, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -125,6 +137,7 @@ def sgdp(
     delta: jax.typing.ArrayLike = 0.1,
     wd_ratio: jax.typing.ArrayLike = 0.1,
     nesterov: bool = False,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SGDP: momentum SGD whose updates are projected where gradients look tangent.
 
@@ -147,6 +160,7 @@ def sgdp(
       delta: Threshold of the cosine of gradient and weight, times sqrt(d).
       wd_ratio: Factor of the decay where projected, in [0, 1].
       nesterov: Whether to use Nesterov momentum.
+      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
@@ -173,11 +187,11 @@ def sgdp(
     """
     check_number("sgdp", "momentum", momentum, below=1)
     check_number("sgdp", "dampening", dampening, below=1)
-    dampened = not (isinstance(dampening, int | float) and dampening == 0)
     return chain(
-        optax.scale(1 - dampening) if dampened else optax.identity(),
-        project_if_tangent(
-            optax.trace(momentum, nesterov=nesterov),
+        optax.scale(1 - dampening) if decays(dampening) else optax.identity(),
+        project_if_tangent_as(
+            "sgdp",
+            optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
             groups,
             delta=delta,
             weight_decay=weight_decay / (1 - momentum),

@@ -1,60 +1,105 @@
-"""AdamG's moments: group moments transported without a rescaling, as a step."""
+"""AdamG's moments: group moments that are transported, without a rescaling."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
+from spherical_optax._checks import check_number
+from spherical_optax._engine.layout import Layout, per_entry_in_groups, per_group
+from spherical_optax._engine.lift import lift
+from spherical_optax._engine.state import state_like, zero, zeros_per_group
+from spherical_optax._engine.step import NOT_PER_LEAF, Step
+from spherical_optax._engine.vector import Vector
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._adams import (
-    ScaleByAdamsState,
-    adam_elsewhere,
-    bias_correction,
-    scale_by_adams,
-)
-from spherical_optax.transforms._lift import Lifted, lift
-from spherical_optax.transforms._pair import pair, per_entry, per_group_or_entry
-from spherical_optax.transforms._span import Step, Vector, shared
-from spherical_optax.transforms._transport import TransportMomentsState, transport_moments
-from spherical_optax.transforms._unit_sphere import carry
+from spherical_optax.transforms._adams import group_moment
+from spherical_optax.transforms._adamsrt import carry
+
+
+class ScaleByAdamgState(NamedTuple):
+    """State of `scale_by_adamg`.
+
+    Attributes:
+      count: Number of updates so far.
+      mu: First moments without their radial part, like the parameters; 0 for a leaf with no group.
+      nu: Second moments, one per group.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    mu: optax.Updates
+    nu: optax.Updates
 
 
 def scale_by_adamg(
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
     *,
     groups: Groups,
     mu_dtype: jax.typing.DTypeLike | None = None,
-) -> Lifted:
-    """`transport_moments(scale_by_adams(...), groups, rescale=False)`, with fewer passes.
+) -> optax.GradientTransformationExtraArgs:
+    """Group moments, transported as the groups move on spheres of a fixed radius.
 
-    Without a rescaling the radius of the last update does not matter: it stays as it was.
+    ```
+    m = b1 T(m) + (1 - b1) g        v = b2 v + (1 - b2) |g|^2        (v: one per group)
+    mhat / (sqrt(vhat) + eps)
+    ```
+
+    with hats for Adam's bias corrections, and T the transport from the last point to x, as in
+    `transport_moments`. Leaves without a group keep their update.
+
+    Args:
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See the module `spherical_optax.groups`.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+
+    Returns:
+      A transformation with state `ScaleByAdamgState`; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spherical_optax as so
+      >>> tx = so.scale_by_adamg(groups=so.per_layer())
+      >>> params = jnp.array([1., 0.])
+      >>> updates, state = tx.update(jnp.array([0., 4.]), tx.init(params), params)
+      >>> print(updates, state.mu)
+      [0. 1.] [0.  0.4]
+
+    References:
+      Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G).
     """
-    adams = scale_by_adams(b1, b2, eps, groups=groups, mu_dtype=mu_dtype, sqrt_dim=False)
-    separate = transport_moments(adams, groups, rescale=False)
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    check_number("scale_by_adamg", "b1", b1, below=1)
+    check_number("scale_by_adamg", "b2", b2, below=1)
+    check_number("scale_by_adamg", "eps", eps)
 
-    def begin(updates: Any, state: TransportMomentsState, params: Any) -> Any:
-        inner: Any = state.inner_state
-        kept = (inner.mu, per_entry), (inner.nu, per_group_or_entry)
-        units, _, (g, mu, nu), unflatten = pair("adamg", groups, params, updates, *kept)
-        adam_elsewhere(adam, inner.count, g, mu, nu, units)
-        updates, *moments = unflatten(g, mu, nu)
-        inner = ScaleByAdamsState(optax.safe_increment(inner.count), *moments)
-        return updates, state._replace(inner_state=inner), on_group
+    def init(params: optax.Params) -> ScaleByAdamgState:
+        layout = Layout.at_init("scale_by_adamg", groups, params)
+        like = {i: layout.params[i] for joint in layout.joints for i in joint}
+        mu = {i: jnp.zeros_like(leaf, dtype=mu_dtype) for i, leaf in like.items()}
+        return ScaleByAdamgState(
+            count=jnp.zeros([], jnp.int32),
+            mu=state_like(params, mu, zero),
+            nu=state_like(params, zeros_per_group(layout), zero),
+        )
+
+    def prepare(layout: Layout, state: ScaleByAdamgState) -> Any:
+        del layout
+        return state._replace(count=optax.safe_increment(state.count)), on_group
 
     def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        inner = state.inner_state
-        moment, radial = inner.mu * b1 + g * (1 - b1), 0
+        m, radial = state.mu * b1 + g * (1 - b1), 0
         if g.space.size > 1:
-            moment, radial = carry(inner.mu, g * (1 - b1), x, b1)
-        v = b2 * inner.nu + (1 - b2) * g.square().astype(inner.nu.dtype)
-        first, second = (bias_correction(b, inner.count, v) for b in (b1, b2))
-        factor = 1 / (first * (geometry.safe_sqrt(v / second) + eps))
-        inner = inner._replace(mu=moment, nu=v)
-        return (moment.stored() + x * radial) * factor, state._replace(inner_state=inner)
+            m, radial = carry(state.mu, g * (1 - b1), x, b1)
+        m = m.stored()
+        v, denominator = group_moment(g.square(), state, b1, b2, eps)
+        return (m + x * radial) * (1 / denominator), state._replace(mu=m, nu=v)
 
-    kinds = TransportMomentsState(shared, ScaleByAdamsState(shared, per_entry, per_group_or_entry))
-    return lift(Step("adamg", groups, separate.init, kinds, begin))
+    shapes = ScaleByAdamgState(NOT_PER_LEAF, per_entry_in_groups, per_group)
+    return lift(Step("scale_by_adamg", groups, init, shapes, prepare))

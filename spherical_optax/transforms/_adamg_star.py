@@ -7,20 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
 from spherical_optax._checks import check_number
+from spherical_optax._engine.layout import Layout, per_group
+from spherical_optax._engine.lift import lift
+from spherical_optax._engine.state import state_like, zero, zeros_per_group
+from spherical_optax._engine.step import Step
+from spherical_optax._engine.vector import Vector
+from spherical_optax._numerics import safe_sqrt
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._lift import lift
-from spherical_optax.transforms._pair import pair, per_group, resolve
-from spherical_optax.transforms._span import Step, Vector
-from spherical_optax.transforms._units import (
-    state_like,
-    zero,
-    zeros_per_group,
-)
 
 
-class ScaleByAdamGStarState(NamedTuple):
+class ScaleByAdamgStarState(NamedTuple):
     """State of `scale_by_adamg_star`.
 
     Attributes:
@@ -52,7 +49,7 @@ def scale_by_adamg_star(
       groups: See the module `spherical_optax.groups`.
 
     Returns:
-      A transformation with state `ScaleByAdamGStarState`; `update` needs params, and
+      A transformation with state `ScaleByAdamgStarState`; `update` needs params, and
       includes the learning rate's sign.
 
     Raises:
@@ -76,28 +73,27 @@ def scale_by_adamg_star(
     check_number("scale_by_adamg_star", "weight_decay", weight_decay, below=most)
     shrinkage = 1 - rate * weight_decay
 
-    def init(params: optax.Params) -> ScaleByAdamGStarState:
-        zeros = zeros_per_group(*resolve("scale_by_adamg_star", groups, params))
-        return ScaleByAdamGStarState(state_like(params, zeros, zero))
+    def init(params: optax.Params) -> ScaleByAdamgStarState:
+        zeros = zeros_per_group(Layout.at_init("scale_by_adamg_star", groups, params))
+        return ScaleByAdamgStarState(state_like(params, zeros, zero))
 
-    def begin(updates: Any, state: ScaleByAdamGStarState, params: Any) -> Any:
-        _, x, (g,), unflatten = pair("scale_by_adamg_star", groups, params, updates)
-        steps = [
-            None if leaf is None else (-rate * (leaf + weight_decay * w)).astype(leaf.dtype)
-            for leaf, w in zip(g, x, strict=True)
-        ]
-        return *unflatten(steps), state, on_group
+    def prepare(layout: Layout, state: ScaleByAdamgStarState) -> Any:
+        for i in layout.rest:
+            g = layout.updates[i]
+            step = -rate * (g + weight_decay * layout.params[i])
+            layout.updates[i] = step.astype(g.dtype)
+        return state, on_group
 
     def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         square = x.square()
         # As for a radius: 0 is no memory, and the length found is the one to begin with.
         fourth = jnp.where(state.accumulator > 0, state.accumulator, square**2)
-        root = geometry.safe_sqrt(fourth)
+        root = safe_sqrt(fourth)
         # Without a direction, or a radius of SGD's, the step is that of SGD.
         known = (square > 0) & (root > 0)
         factor = jnp.where(known, square / (shrinkage * jnp.where(known, root, 1)), 1)
         grown = 2 * (rate * shrinkage) ** 2 * square * g.square()
-        return g * (-rate * factor), ScaleByAdamGStarState(shrinkage**4 * fourth + grown)
+        return g * (-rate * factor), ScaleByAdamgStarState(shrinkage**4 * fourth + grown)
 
-    kinds = ScaleByAdamGStarState(per_group)
-    return lift(Step("scale_by_adamg_star", groups, init, kinds, begin))
+    shapes = ScaleByAdamgStarState(per_group)
+    return lift(Step("scale_by_adamg_star", groups, init, shapes, prepare))

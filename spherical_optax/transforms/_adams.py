@@ -7,26 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax._sums import Wanted
-from spherical_optax.groups import Groups, group_size
-from spherical_optax.transforms._alike import map_units
-from spherical_optax.transforms._pair import (
-    check_type,
-    pair,
-    per_entry,
-    per_group_or_entry,
-    resolve,
-)
-from spherical_optax.transforms._units import (
-    Unit,
-    elsewhere,
-    per_leaf,
-    present,
-    state_like,
-    zeros_per_group,
-)
+from spherical_optax._engine.layout import Layout, per_entry, per_group_or_entry
+from spherical_optax._engine.lift import lift
+from spherical_optax._engine.state import state_like, zeros_per_group
+from spherical_optax._engine.step import NOT_PER_LEAF, Step, optax_on_the_rest
+from spherical_optax._engine.vector import Vector
+from spherical_optax._numerics import bias_correction, safe_sqrt
+from spherical_optax.groups import Groups
 
 
 class ScaleByAdamsState(NamedTuple):
@@ -98,84 +86,50 @@ def scale_by_adams(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamsState:
-        nu = zeros_per_group(*resolve("scale_by_adams", groups, params))
+        nu = zeros_per_group(Layout.at_init("scale_by_adams", groups, params))
         return ScaleByAdamsState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
             nu=state_like(params, nu, optax.tree.zeros_like),
         )
 
-    def update(
-        updates: optax.Updates,
-        state: ScaleByAdamsState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByAdamsState]:
-        del extra_args
-        check_type("scale_by_adams", state, ScaleByAdamsState)
-        like = state.mu if params is None else params
-        kept = (state.mu, per_entry), (state.nu, per_group_or_entry)
-        units, _, (g, mu, nu), unflatten = pair(
-            "scale_by_adams", groups, like, updates, *kept, typed=params is not None
-        )
+    def prepare(layout: Layout, state: ScaleByAdamsState) -> Any:
+        rest = optax_on_the_rest(adam, layout, optax.ScaleByAdamState(*state))
         count = optax.safe_increment(state.count)
-        units = present(units, g, like)
+        return ScaleByAdamsState(count, rest.mu, rest.nu), on_group
 
-        def plan(unit: Unit, g: Any, mu: Any, nu: Any) -> Any:
-            grads = {i: geometry.wide(g[i]) for i in unit}
+    def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
+        del x
+        m = (g * (1 - b1) + state.mu * b1).stored()
+        v, denominator = group_moment(g.square(), state, b1, b2, eps)
+        size = g.space.size if sqrt_dim else 1
+        return m * (math.sqrt(size) / denominator), state._replace(mu=m, nu=v)
 
-            def finish(sums: list[Any]) -> dict[int, Any]:
-                m = {i: (1 - b1) * grads[i] + b1 * geometry.wide(mu[i]) for i in unit}
-                v = nu[next(iter(unit))]
-                [square] = sums
-                v = (1 - b2) * square.astype(v.dtype) + b2 * v
-                first, second = bias_correction(b1, count, v), bias_correction(b2, count, v)
-                size = group_size(unit, g) if sqrt_dim else 1
-                denominator = geometry.safe_sqrt(v / second) + eps
-                scaled = geometry.scale(math.sqrt(size) / (first * denominator), m, unit)
-                return {
-                    i: (scaled[i].astype(g[i].dtype), m[i].astype(mu[i].dtype), kept)
-                    for i, kept in per_leaf(v, unit, nu).items()
-                }
-
-            return Wanted([grads], [(0, 0)], unit), finish
-
-        for unit, found in map_units(plan, units, g, mu, nu):
-            for i in unit:
-                g[i], mu[i], nu[i] = found[i]
-
-        adam_elsewhere(adam, state.count, g, mu, nu, units)
-        updates, *moments = unflatten(g, mu, nu)
-        return updates, ScaleByAdamsState(count, *moments)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    shapes = ScaleByAdamsState(NOT_PER_LEAF, per_entry, per_group_or_entry)
+    return lift(Step("scale_by_adams", groups, init, shapes, prepare, needs_params=False))
 
 
-def adam_elsewhere(
-    adam: optax.GradientTransformation,
-    count: jax.Array,
-    g: list[Any],
-    mu: list[Any],
-    nu: list[Any],
-    units: list[Unit],
-) -> None:
-    """Replaces gradient and moments by Adam's, on the leaves that no unit has."""
-    rest = elsewhere(units, g)
-    if not rest:
-        return
-    taken = optax.ScaleByAdamState(count, [mu[i] for i in rest], [nu[i] for i in rest])
-    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam has a float to the power of an int
-        scaled, state = adam.update([g[i] for i in rest], taken)
-    for i, s, m, v in zip(rest, scaled, state.mu, state.nu, strict=True):
-        g[i] = s.astype(jnp.result_type(g[i]))
-        mu[i], nu[i] = m.astype(mu[i].dtype), v.astype(nu[i].dtype)
+def group_moment(
+    square: jax.Array, state: Any, b1: Any, b2: Any, eps: Any, radius: Any = 1, scale: Any = 1
+) -> tuple[jax.Array, jax.Array]:
+    """The second moment of the gradient on the sphere of a radius, and what Adam divides by.
 
+    ```
+    v = b2 v + (1 - b2) radius^2 |g|^2        (1 - b1^t) (sqrt(vhat) / radius + eps)
+    ```
 
-def bias_correction(decay: Any, count: jax.Array, like: jax.Array) -> jax.Array:
-    """1 - decay^count, without cancellation."""
-    log: Any = -math.inf
-    if isinstance(decay, jax.Array):
-        log = jnp.log(jnp.maximum(decay, 0.0))  # a schedule may end just below 0
-    elif decay > 0:
-        log = math.log(decay)
-    return -jnp.expm1(count.astype(like.dtype) * log).astype(like.dtype)
+    Args:
+      square: |g|^2, one value per group.
+      state: With the fields `count`, of this step, and `nu`.
+      b1: Decay rate of the first moment.
+      b2: Decay rate of the second moment.
+      eps: Added to the root.
+      radius: A number or one value per group.
+      scale: The same, with 1 for a radius of 0.
+    """
+    nu = state.nu
+    first, second = (bias_correction(b, state.count, nu) for b in (b1, b2))
+    square = (1 - b2) * square.astype(nu.dtype)
+    variance = (b2 * nu / scale**2 + square) / second
+    v = (b2 * nu + square * radius**2).astype(nu.dtype)
+    return v, first * (safe_sqrt(variance) + eps)

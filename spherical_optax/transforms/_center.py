@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, group_size, radial_units
-from spherical_optax.transforms._units import Unit, check_values, pick
+from spherical_optax._checks.values import check_values
+from spherical_optax._engine.state import pick
+from spherical_optax._numerics import wide
+from spherical_optax.groups import Groups, Joint, group_size, joints_of
 
 
 def center_params(params: optax.Params, groups: Groups) -> optax.Params:
@@ -39,47 +41,47 @@ def center_params(params: optax.Params, groups: Groups) -> optax.Params:
     References:
       Kosson et al., Rotational Equilibrium, ICML 2024.
     """
-    (x, treedef), units = _trees.flatten(params), radial_units(groups, params)
+    (x, treedef), joints = _trees.flatten(params), joints_of(groups, params)
     check_values(
         "center_params",
         params,
-        units,
-        lambda x, unit: _constant(x, _centered(x, unit), unit) & (geometry.norm(x, unit) > 0),
+        joints,
+        lambda x, joint: _constant(x, _centered(x, joint), joint) & (geometry.norm(x, joint) > 0),
         "groups that vary",
         "constant, of which centring leaves nothing; initialise them otherwise, or give the leaf "
         "no group",
     )
-    for unit in units:
-        before = pick(unit, x)
-        after = _centered(before, unit)
-        constant = _constant(before, after, unit)
-        length = jnp.where(constant, 1, geometry.norm(after, unit))
-        scaled = geometry.scale(geometry.norm(before, unit) / length, after, unit)
-        for i, group in unit.items():
+    for joint in joints:
+        before = pick(joint, x)
+        after = _centered(before, joint)
+        constant = _constant(before, after, joint)
+        length = jnp.where(constant, 1, geometry.norm(after, joint))
+        scaled = geometry.scale(geometry.norm(before, joint) / length, after, joint)
+        for i, group in joint.items():
             stays = geometry.spread(constant, x[i], group)
             x[i] = jnp.where(stays, x[i], scaled[i].astype(x[i].dtype))
     return treedef.unflatten(x)
 
 
-def _centered(x: dict[int, jax.Array], unit: Unit) -> dict[int, jax.Array]:
+def _centered(x: dict[int, jax.Array], joint: Joint) -> dict[int, jax.Array]:
     """The second time removes what rounding of a large mean left."""
-    once = geometry.center({i: geometry.wide(x[i]) for i in unit}, unit)
-    return geometry.center(once, unit)
+    once = geometry.center({i: wide(x[i]) for i in joint}, joint)
+    return geometry.center(once, joint)
 
 
-def _constant(x: dict[int, jax.Array], centered: dict[int, jax.Array], unit: Unit) -> jax.Array:
+def _constant(x: dict[int, jax.Array], centered: dict[int, jax.Array], joint: Joint) -> jax.Array:
     """Whether rounding is all that centring left."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in centered.values())
-    return geometry.norm(centered, unit) <= 8 * eps * geometry.norm(x, unit)
+    return geometry.norm(centered, joint) <= 8 * eps * geometry.norm(x, joint)
 
 
-def off_center(x: dict[int, jax.Array], unit: Unit) -> jax.Array:
+def off_center(x: dict[int, jax.Array], joint: Joint) -> jax.Array:
     """Whether groups have a mean that is more than rounding."""
-    wide = {i: geometry.wide(x[i]) for i in unit}
-    ones = {i: jnp.ones_like(leaf) for i, leaf in wide.items()}
-    root = group_size(unit, x) ** 0.5
+    x_wide = {i: wide(x[i]) for i in joint}
+    ones = {i: jnp.ones_like(leaf) for i, leaf in x_wide.items()}
+    root = group_size(joint, x) ** 0.5
     rounding, summing = (
-        max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves.values()) for leaves in (x, wide)
+        max(float(jnp.finfo(leaf.dtype).eps) for leaf in leaves.values()) for leaves in (x, x_wide)
     )
-    cosine = jnp.abs(geometry.inner(wide, ones, unit)) / root
-    return cosine > 8 * (rounding / root + summing) * geometry.norm(wide, unit)
+    cosine = jnp.abs(geometry.inner(x_wide, ones, joint)) / root
+    return cosine > 8 * (rounding / root + summing) * geometry.norm(x_wide, joint)

@@ -8,18 +8,13 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._checks import check_number
+from spherical_optax._engine.layout import Layout, per_group
+from spherical_optax._engine.lift import check_type, lift
+from spherical_optax._engine.state import pick, state_like, zero, zeros_per_group
+from spherical_optax._engine.step import NOT_PER_LEAF, Step, stateless
+from spherical_optax._engine.vector import Vector
+from spherical_optax._numerics import bias_correction, safe_divide, safe_sqrt
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._adams import bias_correction
-from spherical_optax.transforms._lift import lift
-from spherical_optax.transforms._pair import check_type, pair, per_group, resolve
-from spherical_optax.transforms._span import Step, Vector, only, shared
-from spherical_optax.transforms._units import (
-    pick,
-    present,
-    state_like,
-    zero,
-    zeros_per_group,
-)
 
 
 class NormalizeUpdatesState(NamedTuple):
@@ -79,31 +74,28 @@ def normalize_updates(
         check_number("normalize_updates", "decay", decay, below=1)
     check_number("normalize_updates", "eps", eps)
 
-    def init(params: optax.Params) -> NormalizeUpdatesState | optax.EmptyState:
-        units, x = resolve("normalize_updates", groups, params)
-        if decay is None:
-            return optax.EmptyState()
-        zeros = zeros_per_group(units, x)
+    def init(params: optax.Params) -> NormalizeUpdatesState:
+        zeros = zeros_per_group(Layout.at_init("normalize_updates", groups, params))
         return NormalizeUpdatesState(jnp.zeros([], jnp.int32), state_like(params, zeros, zero))
 
     def to_radius(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        return v * geometry.safe_divide(x.norm(), v.norm()), state
+        return v * safe_divide(x.norm(), v.norm()), state
 
     if decay is None:
-        return lift(Step("normalize_updates", groups, init, optax.EmptyState(), only(to_radius)))
+        return lift(stateless("normalize_updates", groups, to_radius))
 
-    def begin(updates: Any, state: NormalizeUpdatesState, params: Any) -> Any:
-        del params
-        return updates, state._replace(steps=optax.safe_increment(state.steps)), on_average
+    def prepare(layout: Layout, state: NormalizeUpdatesState) -> Any:
+        del layout
+        return state._replace(steps=optax.safe_increment(state.steps)), on_average
 
     def on_average(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         square = v.square().astype(state.mean_square.dtype)
         mean = decay * state.mean_square + (1 - decay) * square
-        length = geometry.safe_sqrt(mean / bias_correction(decay, state.steps, mean)) + eps
-        return v * geometry.safe_divide(x.norm(), length), state._replace(mean_square=mean)
+        length = safe_sqrt(mean / bias_correction(decay, state.steps, mean)) + eps
+        return v * safe_divide(x.norm(), length), state._replace(mean_square=mean)
 
-    kinds = NormalizeUpdatesState(shared, per_group)
-    return lift(Step("normalize_updates", groups, init, kinds, begin))
+    shapes = NormalizeUpdatesState(NOT_PER_LEAF, per_group)
+    return lift(Step("normalize_updates", groups, init, shapes, prepare))
 
 
 def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -137,7 +129,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     """
 
     def init(params: optax.Params) -> optax.EmptyState:
-        resolve("center_updates", groups, params)
+        Layout.at_init("center_updates", groups, params)
         return optax.EmptyState()
 
     def update(
@@ -148,11 +140,11 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
         check_type("center_updates", state, optax.EmptyState)
-        like = updates if params is None else params
-        units, _, (v,), unflatten = pair("center_updates", groups, like, updates)
-        for unit in present(units, v, like):
-            for i, leaf in geometry.center(pick(unit, v), unit).items():
-                v[i] = leaf
-        return *unflatten(v), state
+        like = updates if params is None else None
+        layout = Layout.read("center_updates", groups, params, updates, like=like)
+        for joint in layout.present():
+            for i, leaf in geometry.center(pick(joint, layout.updates), joint).items():
+                layout.updates[i] = leaf
+        return layout.trees(layout.updates)[0], state
 
     return optax.GradientTransformationExtraArgs(init, update)

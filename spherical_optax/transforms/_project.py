@@ -4,11 +4,11 @@ from typing import Any
 
 import optax
 
-from spherical_optax import geometry
+from spherical_optax._engine.lift import lift
+from spherical_optax._engine.step import stateless
+from spherical_optax._engine.vector import Vector
+from spherical_optax._numerics import safe_divide
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._lift import lift
-from spherical_optax.transforms._pair import resolve
-from spherical_optax.transforms._span import Step, Vector, only
 
 
 def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -41,11 +41,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
       Heo et al., AdamP, ICLR 2021, section 3.
     """
 
-    def init(params: optax.Params) -> optax.EmptyState:
-        resolve("project_radial", groups, params)
-        return optax.EmptyState()
-
     def on_group(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
-        return v - x * geometry.safe_divide(v.inner(x), x.square()), state
+        return v - x * safe_divide(v.inner(x), x.square()), state
 
-    return lift(Step("project_radial", groups, init, optax.EmptyState(), only(on_group)))
+    return lift(stateless("project_radial", groups, on_group))

@@ -10,19 +10,15 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number
+from spherical_optax._checks.values import check_values, warn_of_zeros
+from spherical_optax._engine.layout import Layout, per_group
+from spherical_optax._engine.lift import Lifted, lift
+from spherical_optax._engine.state import state_like, zero, zeros_per_group
+from spherical_optax._engine.step import Step, groups_only
+from spherical_optax._engine.vector import Vector
+from spherical_optax._numerics import safe_divide, wide
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._lift import Lifted, lift
-from spherical_optax.transforms._pair import pair, per_group, resolve
 from spherical_optax.transforms._radius import Radius, check_radius, radii_of, remembered
-from spherical_optax.transforms._span import Step, Vector, only
-from spherical_optax.transforms._units import (
-    check_values,
-    present,
-    state_like,
-    warn_of_zeros,
-    zero,
-    zeros_per_group,
-)
 
 SHORTEST, SHORTEST_NARROW = 1 / 128, 1 / 2
 
@@ -104,7 +100,7 @@ def retract(
     """
     if callable(method):
         return _by_function(groups, radius, method, keep)
-    geometry.check_retraction(method)
+    geometry._check_retraction(method)
     check_radius("retract", radius, ("initial", "sqrt(d)"))
     initial = isinstance(radius, str) and radius == "initial"
     if keep is not None:
@@ -114,34 +110,32 @@ def retract(
     in_state = initial or isinstance(radius, Mapping)
 
     def init(params: optax.Params) -> RetractState | optax.EmptyState:
-        units, x = resolve("retract", groups, params, keeps_radius=True)
+        layout = Layout.at_init("retract", groups, params, keeps_radius=True)
         if not in_state:
             return optax.EmptyState()
         if initial:
             check_values(
                 "retract",
                 params,
-                units,
-                lambda x, unit: ~jnp.isfinite(geometry.norm(x, unit)),
+                layout.joints,
+                lambda x, joint: ~jnp.isfinite(geometry.norm(x, joint)),
                 "groups of finite norm",
                 "of norm NaN or infinite; look at how they were initialised",
             )
-            warn_of_zeros("retract", params, units)
+            warn_of_zeros("retract", params, layout.joints)
         else:
-            radii_of("retract", radius, units, params)
-        return RetractState(state_like(params, zeros_per_group(units, x), zero))
+            radii_of("retract", radius, layout.joints, params)
+        return RetractState(state_like(params, zeros_per_group(layout), zero))
 
-    def begin(updates: Any, state: RetractState, params: Any) -> Any:
+    def prepare(layout: Layout, state: RetractState) -> Any:
         if initial:
-            return updates, state, by_memory
-        units, _, (_, targets), unflatten = pair(
-            "retract", groups, params, params, (state.target_radius, per_group)
-        )
-        for unit, number in zip(units, radii_of("retract", radius, units, params), strict=True):
-            for i in unit:
+            return state, by_memory
+        targets: Any = list(state.target_radius)
+        numbers = radii_of("retract", radius, layout.joints, layout.tree)
+        for joint, number in zip(layout.joints, numbers, strict=True):
+            for i in joint:
                 targets[i] = jnp.full_like(targets[i], number)
-        leaves = _trees.flatten(params)[0]
-        return updates, RetractState(unflatten(leaves, targets)[1]), by_rule
+        return RetractState(targets), by_rule
 
     def by_memory(v: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         target = remembered(state.target_radius, x.norm())
@@ -159,8 +153,8 @@ def retract(
         return _to_radius(v, x, jnp.asarray(number), method)[0], state
 
     if in_state:
-        return lift(Step("retract", groups, init, RetractState(per_group), begin))
-    return lift(Step("retract", groups, init, optax.EmptyState(), only(by_number)))
+        return lift(Step("retract", groups, init, RetractState(per_group), prepare))
+    return lift(Step("retract", groups, init, optax.EmptyState(), groups_only(by_number)))
 
 
 def _by_function(
@@ -175,7 +169,7 @@ def _by_function(
             )
 
     def init(params: optax.Params) -> optax.EmptyState:
-        resolve("retract", groups, params, keeps_radius=True)
+        Layout.at_init("retract", groups, params, keeps_radius=True)
         return optax.EmptyState()
 
     def update(
@@ -185,23 +179,24 @@ def _by_function(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
-        units, x, (v,), unflatten = pair("retract", groups, params, updates)
+        layout = Layout.read("retract", groups, params, updates)
+        x, v = layout.params, layout.updates
         paths = [leaf.path for leaf in _trees.visible_leaves(params)]
-        for unit in present(units, v, params):
-            there = {paths[i]: geometry.wide(x[i]) for i in unit}
-            step = {paths[i]: v[i].astype(there[paths[i]].dtype) for i in unit}
-            given = (there, step, {paths[i]: group for i, group in unit.items()})
-            alone = len(unit) == 1
-            end = method(*(each[paths[next(iter(unit))]] if alone else each for each in given))
-            end = {paths[i]: end for i in unit} if alone else end
-            for i in unit:
+        for joint in layout.present():
+            start = {paths[i]: wide(x[i]) for i in joint}
+            step = {paths[i]: v[i].astype(start[paths[i]].dtype) for i in joint}
+            given = (start, step, {paths[i]: group for i, group in joint.items()})
+            alone = len(joint) == 1
+            end = method(*(each[paths[next(iter(joint))]] if alone else each for each in given))
+            end = {paths[i]: end for i in joint} if alone else end
+            for i in joint:
                 if np.shape(end[paths[i]]) != x[i].shape:
                     raise ValueError(
                         f"retract: {paths[i]} of shape {x[i].shape}: expected the function to "
                         f"return an array of this shape, found {np.shape(end[paths[i]])}."
                     )
-                v[i] = (end[paths[i]] - there[paths[i]]).astype(v[i].dtype)
-        return unflatten(v)[0], state
+                v[i] = (end[paths[i]] - start[paths[i]]).astype(v[i].dtype)
+        return layout.trees(v)[0], state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -210,19 +205,14 @@ def retract_to(groups: Groups) -> Lifted:
     """Retraction to the radii in a `RetractState`, 0 for groups that step freely."""
 
     def init(params: optax.Params) -> RetractState:
-        return RetractState(
-            state_like(
-                params,
-                zeros_per_group(*resolve("retract", groups, params, keeps_radius=True)),
-                zero,
-            )
-        )
+        layout = Layout.at_init("retract", groups, params, keeps_radius=True)
+        return RetractState(state_like(params, zeros_per_group(layout), zero))
 
     def to_state(v: Vector, x: Vector, state: RetractState) -> tuple[Vector, Any]:
         step, _ = _to_radius(v, x, state.target_radius, "normalize")
         return step.where(state.target_radius > 0, v), state
 
-    return lift(Step("retract", groups, init, RetractState(per_group), only(to_state)))
+    return lift(Step("retract", groups, init, RetractState(per_group), groups_only(to_state)))
 
 
 def shortest(dtype: Any) -> float:
@@ -242,11 +232,11 @@ def _ending(v: Vector, x: Vector, radius: Any, method: geometry.Retraction) -> V
     """The step in place of v that ends on the sphere."""
     if method == "normalize":
         length = (x + v).norm()
-        end = (x + v) * geometry.safe_divide(radius, length)
+        end = (x + v) * safe_divide(radius, length)
         return (x * 0).where(length == 0, end - x)
     square, length = x.square(), x.norm()
-    tangent = v - x * geometry.safe_divide(v.inner(x), square)
-    turn = geometry.safe_divide(tangent.norm(), length)
-    factor = geometry.safe_divide(radius, length)
+    tangent = v - x * safe_divide(v.inner(x), square)
+    turn = safe_divide(tangent.norm(), length)
+    factor = safe_divide(radius, length)
     end = x * (factor * jnp.cos(turn)) + tangent * (factor * jnp.sinc(turn / jnp.pi))
     return v.where(length == 0, end - x)

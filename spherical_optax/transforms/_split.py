@@ -7,14 +7,16 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._checks import check_transformation
+from spherical_optax._engine.chain import chain
+from spherical_optax._engine.foreign import foreign
+from spherical_optax._engine.layout import Layout, per_group
+from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.state import per_leaf, pick
+from spherical_optax._numerics import safe_divide
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._foreign import foreign
-from spherical_optax.transforms._lift import chain
-from spherical_optax.transforms._pair import check_type, pair, per_group
 from spherical_optax.transforms._project import project_radial
 from spherical_optax.transforms._radius import remembered
 from spherical_optax.transforms._retract import RetractState, retract_to, shortest
-from spherical_optax.transforms._units import per_leaf, pick, present
 
 
 class SplitRadialState(NamedTuple):
@@ -92,28 +94,32 @@ def split_radial(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SplitRadialState]:
         check_type("split_radial", state, SplitRadialState)
-        units, x, (g, lengths), unflatten = pair(
-            "split_radial", groups, params, updates, (state.lengths, per_group)
-        )
-        for unit in units:
-            r = per_leaf(geometry.norm(pick(unit, x), unit), unit, lengths)
-            for i in unit:
+        field = (state.lengths, per_group)
+        layout = Layout.read("split_radial", groups, params, updates, field)
+        x, g, [lengths] = layout.params, layout.updates, layout.fields
+        for joint in layout.joints:
+            r = per_leaf(geometry.norm(pick(joint, x), joint), joint, lengths)
+            for i in joint:
                 lengths[i] = remembered(lengths[i], r[i])
         slopes = [None if length is None else jnp.zeros_like(length) for length in lengths]
-        there = present(units, g, params)
-        for unit in there:
-            along = geometry.inner(pick(unit, g), pick(unit, x), unit)
-            slope = geometry.safe_divide(along, geometry.norm(pick(unit, x), unit))
-            for i, each in per_leaf(slope, unit, lengths).items():
+        joints = layout.present()
+        for joint in joints:
+            along = geometry.inner(pick(joint, g), pick(joint, x), joint)
+            slope = safe_divide(along, geometry.norm(pick(joint, x), joint))
+            for i, each in per_leaf(slope, joint, lengths).items():
                 slopes[i] = each
         changes, radial_state = parts[1].update(
-            unflatten(g, slopes)[1], state.radial_state, unflatten(g, lengths)[1], **extra_args
+            layout.trees(g, slopes)[1],
+            state.radial_state,
+            layout.trees(g, lengths)[1],
+            **extra_args,
         )
-        change = pair("split_radial", groups, params, updates, (changes, per_group)).leaves[1]
-        for i in (i for unit in there for i in unit):
+        field = (changes, per_group)
+        [change] = Layout.read("split_radial", groups, params, updates, field).fields
+        for i in (i for joint in joints for i in joint):
             longer = jnp.maximum(lengths[i] + change[i], shortest(x[i].dtype) * lengths[i])
             lengths[i] = jnp.where(lengths[i] > 0, longer, 0).astype(lengths[i].dtype)
-        new_lengths = unflatten(g, lengths)[1]
+        new_lengths = layout.trees(g, lengths)[1]
 
         tangents, _ = project.update(updates, optax.EmptyState(), params)
         steps, tangent_state = parts[0].update(tangents, state.tangent_state, params, **extra_args)

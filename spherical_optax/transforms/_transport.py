@@ -1,6 +1,5 @@
 """Transport: moments carried along as their groups move."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,20 +8,23 @@ import optax
 
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_transformation
-from spherical_optax.groups import Groups
-from spherical_optax.transforms._foreign import check_state, foreign
-from spherical_optax.transforms._pair import aligned, check_type, pair, per_group, resolve
-from spherical_optax.transforms._unit_sphere import ScaleByAdamSRTState, TransportedTraceState
-from spherical_optax.transforms._units import (
-    Unit,
-    per_leaf,
-    pick,
-    state_like,
-    zero,
-    zeros_per_group,
+from spherical_optax._engine.foreign import check_state, foreign
+from spherical_optax._engine.layout import Layout, aligned, per_group
+from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.moments import (
+    FIRST_MOMENTS,
+    SECOND_MOMENTS,
+    Names,
+    check_moments,
+    check_names,
+    fields_of,
+    find_moments,
 )
-
-FIRST_MOMENTS, SECOND_MOMENTS = ("mu", "trace"), ("nu",)
+from spherical_optax._engine.state import per_leaf, pick, state_like, zero, zeros_per_group
+from spherical_optax._numerics import wide
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._adamg import ScaleByAdamgState
+from spherical_optax.transforms._adamsrt import ScaleByAdamsrtState, TransportedTraceState
 
 
 class TransportMomentsState(NamedTuple):
@@ -111,10 +113,10 @@ def transport_moments(
 
     def init(params: optax.Params) -> TransportMomentsState:
         inner_state = wrapped.init(params)
-        units, x = resolve("transport_moments", groups, params, movable=True)
-        check_moments("transport_moments", inner_state, params, units, names)
+        layout = Layout.at_init("transport_moments", groups, params, skips_single_entries=True)
+        check_moments("transport_moments", inner_state, params, layout.joints, names)
         _check_not_carried(inner_state, params, names)
-        radius = state_like(params, zeros_per_group(units, x), zero)
+        radius = state_like(params, zeros_per_group(layout), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
     def update(
@@ -124,34 +126,36 @@ def transport_moments(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TransportMomentsState]:
         check_type("transport_moments", state, TransportMomentsState)
-        units, x, (_g, radius), unflatten = pair(
-            "transport_moments", groups, params, updates, (state.radius, per_group), movable=True
+        radii = (state.radius, per_group)
+        layout = Layout.read(
+            "transport_moments", groups, params, updates, radii, skips_single_entries=True
         )
+        x, [radius] = layout.params, layout.fields
         check_state("transport_moments", inner, state.inner_state, params)
         first, second = find_moments(state.inner_state, params, names)
 
         kept, inner_treedef = _trees.flatten(state.inner_state)
-        for unit in units:
-            old, new = radius[next(iter(unit))], geometry.norm(pick(unit, x), unit)
+        for joint in layout.joints:
+            old, new = radius[next(iter(joint))], geometry.norm(pick(joint, x), joint)
             moved = (old > 0) & (new > 0)
             ratio = jnp.where(moved, old / jnp.where(moved, new, 1), 1)
             if not rescale:
                 ratio = jnp.ones_like(ratio)
-            for field, part in fields_of(unit, first, kept):
-                m = {i: geometry.wide(kept[field[i]]) for i in part}
+            for field, part in fields_of(joint, first, kept):
+                m = {i: wide(kept[field[i]]) for i in part}
                 carried = geometry.scale(ratio, geometry.transport(m, pick(part, x), part), part)
                 for i, group in part.items():
                     here = geometry.spread(moved, x[i], group)
                     moment = jnp.where(here, carried[i], m[i])
                     kept[field[i]] = moment.astype(kept[field[i]].dtype)
-            for field, part in fields_of(unit, second, kept) if rescale else ():
+            for field, part in fields_of(joint, second, kept) if rescale else ():
                 for i, group in part.items():
                     v = kept[field[i]]
                     factor = (ratio**2).reshape(group.shape(x[i].shape))
                     if v.shape == x[i].shape:
                         factor = geometry.spread(factor, x[i], group)
                     kept[field[i]] = (v * factor).astype(v.dtype)
-            for i, value in per_leaf(new, unit, radius).items():
+            for i, value in per_leaf(new, joint, radius).items():
                 radius[i] = value
 
         updates, inner_state = wrapped.update(
@@ -159,87 +163,25 @@ def transport_moments(
         )
 
         kept, inner_treedef = _trees.flatten(inner_state)
-        for unit in units:
-            for field, part in fields_of(unit, first, kept):
+        for joint in layout.joints:
+            for field, part in fields_of(joint, first, kept):
                 m = {i: kept[field[i]] for i in part}
                 for i, tangent in geometry.project(m, pick(part, x), part).items():
                     kept[field[i]] = tangent
-        updates, radii = unflatten(aligned("transport_moments", params, updates)[0], radius)
+        updates, radii = layout.trees(aligned("transport_moments", params, updates)[0], radius)
         return updates, TransportMomentsState(radii, inner_treedef.unflatten(kept))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-Field = dict[int, int]
-"""A field of an inner state: from a parameter's number to its moment's."""
-
-
-class Names(NamedTuple):
-    """The fields that hold moments."""
-
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-
-
-def check_names(who: str, argument: str, names: Any) -> tuple[str, ...]:
-    """The names of fields, as a tuple; raises a `TypeError` if they are something else."""
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"{who}: expected {argument} as a tuple of field names, found {names!r}; "
-            'write ("mu",) for one.'
-        )
-    return tuple(names)
-
-
-def find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Field], list[Field]]:
-    """The fields of first and second moments whose leaves stand at the parameters' paths."""
-    numbers = {leaf.keys: i for i, leaf in enumerate(_trees.visible_leaves(params))}
-    found: dict[tuple[str, ...], Field] = {}
-    for place, leaf in enumerate(_trees.visible_leaves(inner_state)):
-        for depth, key in enumerate(leaf.keys, start=1):
-            # The outermost key decides: parameters may be called mu or nu themselves.
-            if key in names.first + names.second and leaf.keys[depth:] in numbers:
-                found.setdefault(leaf.keys[:depth], {})[numbers[leaf.keys[depth:]]] = place
-                break
-    first = [field for keys, field in found.items() if keys[-1] in names.first]
-    second = [field for keys, field in found.items() if keys[-1] in names.second]
-    return first, second
-
-
-def fields_of(unit: Unit, fields: list[Field], kept: list[Any]) -> Iterator[tuple[Field, Unit]]:
-    """The fields that hold moments of a unit, with the part of the unit they hold."""
-    for field in fields:
-        part = {i: g for i, g in unit.items() if i in field and kept[field[i]] is not None}
-        if part:
-            yield field, part
-
-
-def check_moments(who: str, inner_state: Any, params: Any, units: list[Unit], names: Names) -> None:
-    """Raises a `ValueError` if a name is no field, or a moment does not fit its parameter."""
-    leaves = _trees.visible_leaves(params)
-    kept = _trees.visible_leaves(inner_state)
-    first, second = find_moments(inner_state, params, names)
-    if any(leaf.value is not None for leaf in leaves):
-        moments = {kept[place].keys for field in first + second for place in field.values()}
-        _check_found(who, leaves, kept, moments, names)
-    for fields, of_groups in ((first, False), (second, True)):
-        for field in fields:
-            for i, group in ((i, g) for unit in units for i, g in unit.items() if i in field):
-                expected = [leaves[i].value.shape]
-                if of_groups:
-                    expected.append(group.shape(leaves[i].value.shape))
-                moment = kept[field[i]]
-                if moment.value.shape not in expected:
-                    raise ValueError(
-                        f"{who}: {leaves[i].path} of shape {leaves[i].value.shape}: "
-                        f"expected its moment {moment.path} to have shape "
-                        f"{' or '.join(map(str, expected))}, found {moment.value.shape}."
-                    )
-
-
 def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
     """Raises a `ValueError` if a transformation in the inner one carries a moment itself."""
-    carrying = (TransportMomentsState, ScaleByAdamSRTState, TransportedTraceState)
+    carrying = (
+        TransportMomentsState,
+        ScaleByAdamgState,
+        ScaleByAdamsrtState,
+        TransportedTraceState,
+    )
     kept = _trees.visible_leaves(inner_state)
     first, second = find_moments(inner_state, params, names)
     moments = [kept[place] for field in first + second for place in field.values()]
@@ -255,33 +197,3 @@ def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
                 f"{type(node).__name__}: they would be transported and rescaled twice; use the "
                 "inner transformation by itself."
             )
-
-
-def _without_suffix(keys: tuple[str, ...], suffixes: set[tuple[str, ...]]) -> tuple[str, ...]:
-    return next((keys[:n] for n in range(len(keys)) if keys[n:] in suffixes), keys)
-
-
-def _check_found(
-    who: str,
-    leaves: list[_trees.Leaf],
-    kept: list[_trees.Leaf],
-    moments: set[tuple[str, ...]],
-    names: Names,
-) -> None:
-    """Raises if no moment was found, or none under a name that was given."""
-    paths = {leaf.keys for leaf in leaves}
-    fields = sorted({"/".join(_without_suffix(leaf.keys, paths)) for leaf in kept})
-    found = {key for keys in moments for key in keys}
-    given = [
-        name
-        for each, default in ((names.first, FIRST_MOMENTS), (names.second, SECOND_MOMENTS))
-        for name in each
-        if each != default
-    ]
-    missing = [name for name in given if name not in found]
-    if missing or not moments:
-        wanted = missing or sorted(names.first + names.second)
-        raise ValueError(
-            f"{who}: expected a field named {wanted} in the inner state, found "
-            f"{fields or 'that it keeps no moments'}; name the moments with first_moments=(...)."
-        )

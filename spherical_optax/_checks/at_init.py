@@ -7,10 +7,10 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax.groups import Groups, radial_units, units_at_init
-from spherical_optax.optimizers._direction import check_direction
+from spherical_optax._checks.direction import check_direction
+from spherical_optax._checks.values import check_values, warn_of_zeros
+from spherical_optax.groups import Groups, joints_at_init, joints_of
 from spherical_optax.transforms._center import off_center
-from spherical_optax.transforms._units import check_values, warn_of_zeros
 
 
 def require_spheres(
@@ -26,8 +26,8 @@ def require_spheres(
     """
 
     def check(params: optax.Params) -> None:
-        leaves, units = _trees.visible_leaves(params), units_at_init(groups, params, who)
-        if leaves and not units:
+        leaves, joints = _trees.visible_leaves(params), joints_at_init(groups, params, who)
+        if leaves and not joints:
             raise ValueError(
                 f"{who}: expected a group for at least one leaf, found none among "
                 f"{[leaf.path for leaf in leaves]}."
@@ -35,18 +35,18 @@ def require_spheres(
         check_values(
             who,
             params,
-            units,
-            lambda x, unit: geometry.norm(x, unit) == 0,
+            joints,
+            lambda x, joint: geometry.norm(x, joint) == 0,
             "groups of norm above 0",
             "of norm 0; initialise them otherwise, or give the leaf no group",
         )
         if warn:
-            warn_of_zeros(who, params, units)
+            warn_of_zeros(who, params, joints)
         if center:
             check_values(
                 who,
                 params,
-                units,
+                joints,
                 off_center,
                 "centred groups, as center=True keeps them",
                 "with a mean; pass the parameters through center_params(params, groups) first",
@@ -55,24 +55,22 @@ def require_spheres(
     return _at_init(check)
 
 
-def require_other_rate(
-    who: str, groups: Groups, other_learning_rate: Any
-) -> optax.GradientTransformation:
+def require_other(who: str, groups: Groups, other: Any) -> optax.GradientTransformation:
     """Raises at `init` if leaves without a group would be trained at an angle."""
 
     def check(params: optax.Params) -> None:
-        grouped = {i for unit in radial_units(groups, params) for i in unit}
+        grouped = {i for joint in joints_of(groups, params) for i in joint}
         leaves = enumerate(_trees.visible_leaves(params))
         rest = [
             leaf.path
             for i, leaf in leaves
             if i not in grouped and leaf.value is not None and 0 not in np.shape(leaf.value)
         ]
-        if rest and other_learning_rate is None:
+        if rest and other is None:
             raise ValueError(
-                f"{who}: expected other_learning_rate for leaves without a group, {rest}, found "
-                "None; learning_rate is an angle, and too much for most: pass the rate that they "
-                "had, or learning_rate once more."
+                f"{who}: expected other, the optimizer of leaves without a group, {rest}, found "
+                "None; the rate of the groups is an angle, and too much for most: pass the one "
+                "that they had, as in other=optax.adamw(1e-3)."
             )
 
     return _at_init(check)
@@ -84,7 +82,7 @@ def refuse_single_entries(
     """The same transformation, which raises at `init` if groups have one entry."""
 
     def init(params: optax.Params) -> optax.OptState:
-        units_at_init(groups, params, who)
+        joints_at_init(groups, params, who)
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, tx.update)
@@ -96,9 +94,8 @@ def require_direction(
     """Raises at `init` if the updates of a transformation point against the gradients."""
 
     def check(params: optax.Params) -> None:
-        units = radial_units(groups, params)
-        if units:
-            check_direction(who, inner, params, units)
+        if joints_of(groups, params):
+            check_direction(who, inner, groups, params)
 
     return _at_init(check)
 

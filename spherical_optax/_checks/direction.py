@@ -8,8 +8,9 @@ import optax
 
 from spherical_optax import _trees
 from spherical_optax._checks import check_transformation
-from spherical_optax._trial import Trial, trials
-from spherical_optax.transforms._units import Unit
+from spherical_optax._checks.trial import Trial, trials
+from spherical_optax._masks import in_groups
+from spherical_optax.groups import Groups, joints_of
 
 
 class Direction(optax.GradientTransformationExtraArgs):
@@ -45,7 +46,7 @@ STEPS = 3  # the first of a warm-up has length 0
 
 
 def check_direction(
-    who: str, inner: optax.GradientTransformation, params: Any, units: list[Unit]
+    who: str, inner: optax.GradientTransformation, groups: Groups, params: Any
 ) -> None:
     """Raises a `ValueError` if the updates of a transformation point against the gradients.
 
@@ -54,7 +55,8 @@ def check_direction(
     if isinstance(inner, Direction):
         return
     try:
-        run = next(trials(inner, params, units, STEPS, same=True))
+        masked = optax.masked(inner, in_groups(groups, True))
+        run = next(trials(masked, params, joints_of(groups, params), STEPS, same=True))
     except Exception as error:
         raise ValueError(
             f"{who}: expected inner to give a direction, which is tried on small arrays, found "

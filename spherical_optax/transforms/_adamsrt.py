@@ -13,26 +13,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax import geometry
 from spherical_optax._checks import check_number
+from spherical_optax._engine.layout import Layout, per_entry, per_group_or_entry
+from spherical_optax._engine.lift import lift
+from spherical_optax._engine.state import state_like, zeros_per_group
+from spherical_optax._engine.step import NOT_PER_LEAF, Step, optax_on_the_rest
+from spherical_optax._engine.vector import Vector
+from spherical_optax._numerics import safe_divide
 from spherical_optax.groups import Groups
-from spherical_optax.transforms._adams import adam_elsewhere, bias_correction
-from spherical_optax.transforms._lift import lift
-from spherical_optax.transforms._pair import (
-    pair,
-    per_entry,
-    per_group_or_entry,
-    resolve,
-)
-from spherical_optax.transforms._span import Step, Vector, shared
-from spherical_optax.transforms._units import (
-    elsewhere,
-    state_like,
-    zeros_per_group,
-)
+from spherical_optax.transforms._adams import group_moment
 
 
-class ScaleByAdamSRTState(NamedTuple):
+class ScaleByAdamsrtState(NamedTuple):
     """State of `scale_by_adamsrt`.
 
     Attributes:
@@ -66,11 +58,11 @@ def carry(m: Vector, g: Vector, x: Vector, decay: Any) -> tuple[Vector, Any]:
       The moment without its radial part, and the coefficient of x in this part, one per group.
     """
     square = x.square()
-    tangent = m - x * geometry.safe_divide(m.inner(x), square)
+    tangent = m - x * safe_divide(m.inner(x), square)
     # Of a vector turned by 90 degrees rounding is left, not a direction: its length is 0 then.
-    length = geometry.safe_divide(m.norm(), tangent.norm())
+    length = safe_divide(m.norm(), tangent.norm())
     kept = decay * jnp.where(m.square() == 0, 1, length)  # at 0 for the gradient only
-    radial = geometry.safe_divide(g.inner(x), square)
+    radial = safe_divide(g.inner(x), square)
     return tangent * kept + (g - x * radial), radial
 
 
@@ -104,7 +96,7 @@ def scale_by_adamsrt(
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
-      A transformation with state `ScaleByAdamSRTState`; `update` needs params.
+      A transformation with state `ScaleByAdamsrtState`; `update` needs params.
 
     Raises:
       TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
@@ -128,43 +120,31 @@ def scale_by_adamsrt(
     check_number("scale_by_adamsrt", "eps", eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
-    def init(params: optax.Params) -> ScaleByAdamSRTState:
-        nu = zeros_per_group(*resolve("scale_by_adamsrt", groups, params, movable=True))
-        return ScaleByAdamSRTState(
+    def init(params: optax.Params) -> ScaleByAdamsrtState:
+        layout = Layout.at_init("scale_by_adamsrt", groups, params, skips_single_entries=True)
+        return ScaleByAdamsrtState(
             count=jnp.zeros([], jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=state_like(params, nu, optax.tree.zeros_like),
+            nu=state_like(params, zeros_per_group(layout), optax.tree.zeros_like),
         )
 
-    def begin(updates: Any, state: ScaleByAdamSRTState, params: Any) -> Any:
-        units, _, (g, mu, nu), unflatten = pair(
-            "scale_by_adamsrt",
-            groups,
-            params,
-            updates,
-            (state.mu, per_entry),
-            (state.nu, per_group_or_entry),
-            movable=True,
-        )
-        adam_elsewhere(adam, state.count, g, mu, nu, units)
-        updates, *moments = unflatten(g, mu, nu)
+    def prepare(layout: Layout, state: ScaleByAdamsrtState) -> Any:
+        rest = optax_on_the_rest(adam, layout, optax.ScaleByAdamState(*state))
         count = optax.safe_increment(state.count)
-        return updates, ScaleByAdamSRTState(count, *moments), on_group
+        return ScaleByAdamsrtState(count, rest.mu, rest.nu), on_group
 
     def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         radius = x.norm()
         scale = jnp.where(radius == 0, 1, radius)
-        moment, radial = carry(state.mu, g * ((1 - b1) * scale), x, b1)
-        v, square = state.nu, (1 - b2) * g.square()
-        first, second = (bias_correction(b, state.count, v) for b in (b1, b2))
-        variance = (b2 * v / scale**2 + square) / second
-        denominator = first * (geometry.safe_sqrt(variance) + eps)
+        m, radial = carry(state.mu, g * ((1 - b1) * scale), x, b1)
+        m = m.stored()
+        v, denominator = group_moment(g.square(), state, b1, b2, eps, radius, scale)
         factor = math.sqrt(g.space.size) / (denominator * scale)
-        v = (b2 * v + square * radius**2).astype(v.dtype)
-        return (moment.stored() + x * radial) * factor, state._replace(mu=moment, nu=v)
+        return (m + x * radial) * factor, state._replace(mu=m, nu=v)
 
-    kinds = ScaleByAdamSRTState(shared, per_entry, per_group_or_entry)
-    return lift(Step("scale_by_adamsrt", groups, init, kinds, begin, movable=True))
+    shapes = ScaleByAdamsrtState(NOT_PER_LEAF, per_entry, per_group_or_entry)
+    step = Step("scale_by_adamsrt", groups, init, shapes, prepare, skips_single_entries=True)
+    return lift(step)
 
 
 def transported_trace(
@@ -216,26 +196,20 @@ def transported_trace(
     plain = optax.trace(decay, accumulator_dtype=accumulator_dtype)
 
     def init(params: optax.Params) -> TransportedTraceState:
-        resolve("transported_trace", groups, params)
+        Layout.at_init("transported_trace", groups, params)
         return TransportedTraceState(plain.init(params).trace)
 
-    def begin(updates: Any, state: TransportedTraceState, params: Any) -> Any:
-        units, _, (g, trace), unflatten = pair(
-            "transported_trace", groups, params, updates, (state.trace, per_entry), movable=True
-        )
-        rest = elsewhere(units, g)
-        taken = optax.TraceState([trace[i] for i in rest])
-        steps, kept = plain.update([g[i] for i in rest], taken)
-        for i, a, m in zip(rest, steps, kept.trace, strict=True):
-            g[i], trace[i] = a.astype(g[i].dtype), m.astype(trace[i].dtype)
-        updates, moments = unflatten(g, trace)
-        return updates, TransportedTraceState(moments), on_group
+    def prepare(layout: Layout, state: TransportedTraceState) -> Any:
+        rest = optax_on_the_rest(plain, layout, optax.TraceState(state.trace))
+        return TransportedTraceState(rest.trace), on_group
 
     def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         radius = x.norm()
         scale = jnp.where(radius == 0, 1, radius)
-        moment, radial = carry(state.trace, g * scale, x, decay)
-        return (moment.stored() + x * radial) * (1 / scale), TransportedTraceState(moment)
+        m, radial = carry(state.trace, g * scale, x, decay)
+        m = m.stored()
+        return (m + x * radial) * (1 / scale), TransportedTraceState(m)
 
-    kinds = TransportedTraceState(per_entry)
-    return lift(Step("transported_trace", groups, init, kinds, begin, movable=True))
+    shapes = TransportedTraceState(per_entry)
+    step = Step("transported_trace", groups, init, shapes, prepare, skips_single_entries=True)
+    return lift(step)

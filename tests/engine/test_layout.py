@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import spherical_optax as so
-from spherical_optax.transforms._pair import pair, per_group
+from spherical_optax._engine.layout import Layout, per_group
 
 PARAMS = {"a": jnp.zeros((3, 2)), "b": {"c": jnp.zeros((3, 2)), "d": None}}
 GRADS = {"a": 1.0 + PARAMS["a"], "b": {"c": 2.0 + PARAMS["a"], "d": None}}
@@ -38,10 +38,12 @@ def test_leaves_are_paired_by_path(other):
     """Also where they come in another order, which the result has again."""
     grads, radius = other(GRADS), {"a": 3.0, "b": {"c": 4.0 + jnp.zeros(2), "d": None}}
     for params, updates in ((PARAMS, grads), (other(PARAMS), GRADS)):
-        units, x, (g, r), unflatten = pair("f", GROUPS, params, updates, (radius, per_group))
-        [number] = [i for unit in units for i in unit]
-        assert [np.min(g[number]), np.min(r[number]), x[number].shape] == [2, 4, (3, 2)]
-        back, kept = unflatten(g, r)
+        layout = Layout.read("f", GROUPS, params, updates, (radius, per_group))
+        g, [r] = layout.updates, layout.fields
+        [number] = [i for joint in layout.joints for i in joint]
+        assert [np.min(g[number]), np.min(r[number])] == [2, 4]
+        assert layout.params[number].shape == (3, 2)
+        back, kept = layout.trees(g, r)
         assert jax.tree.structure(back) == jax.tree.structure(updates)
         jax.tree.map(np.testing.assert_array_equal, back, updates)
         assert kept == radius
@@ -61,10 +63,12 @@ def test_updates_keep_their_kind_of_dictionary():
 
 def test_a_missing_gradient_is_none_but_a_missing_parameter_has_no_gradient():
     grads = {"a": None, "b": {"c": None, "d": None}}
-    assert pair("f", GROUPS, PARAMS, grads).leaves == [[None] * 3]
+    layout = Layout.read("f", GROUPS, PARAMS, grads)
+    assert layout.updates == [None] * 3
+    assert layout.present() == []
     message = r"f: b/d of shape None: expected updates of shape None, found \(3, 2\)"
     with pytest.raises(ValueError, match=message):
-        pair("f", GROUPS, PARAMS, {"a": None, "b": {"c": None, "d": jnp.zeros((3, 2))}})
+        Layout.read("f", GROUPS, PARAMS, {"a": None, "b": {"c": None, "d": jnp.zeros((3, 2))}})
 
 
 def test_state_of_another_transformation_is_refused():

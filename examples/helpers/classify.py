@@ -1,4 +1,4 @@
-"""Training runs of an image classifier, compiled once for all settings of an optimizer."""
+"""Training of image classifiers: losses, batches, a step, and runs of many settings."""
 
 import functools
 import math
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 import optax
-from digits import Dataset
 from flax import nnx
+
+Dataset: TypeAlias = tuple[np.ndarray, np.ndarray]  # images and labels
 
 OTHER_LEARNING_RATE = 0.01  # of all that is not compared
 
@@ -47,6 +48,39 @@ def forward(
     return losses.mean(), (nnx.state(model, nnx.BatchStat), accuracy)
 
 
+def functional_loss(model: nnx.Module) -> tuple[Callable[..., jax.Array], Any]:
+    """The loss as a function of parameters, images and labels; and the parameters in float64."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = jax.tree.map(lambda leaf: leaf.astype(float), (params, rest))
+
+    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params, rest, copy=True)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss_fn, params
+
+
+def shuffled(rng: np.random.Generator, images: int | np.ndarray, size: int) -> np.ndarray:
+    """An epoch's batches (batches, size) of that many images, or of images with these numbers."""
+    order = rng.permutation(images)
+    return order[: len(order) // size * size].reshape(-1, size)
+
+
+def train_step(
+    graph: Any,
+    tx: optax.GradientTransformation,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array,
+) -> Any:
+    """The parameters, BatchNorm's statistics and the optimizer's state after a step."""
+    params, stats, state = variables
+    loss_fn = functools.partial(forward, graph, train=True)
+    grads, (stats, _) = jax.grad(loss_fn, has_aux=True)(params, stats, images, labels)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), stats, state
+
+
 def with_adam(
     tx: optax.GradientTransformation, steps: int, chosen: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
@@ -81,11 +115,7 @@ def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation
     # Not a scan over the steps: XLA's convolutions on CPU are much slower in a loop.
     @jax.jit
     def step(variables: Any, images: jax.Array, labels: jax.Array, setting: Any) -> Any:
-        params, stats, state = variables
-        loss_fn = functools.partial(forward, graph, train=True)
-        grads, (stats, _) = jax.grad(loss_fn, has_aux=True)(params, stats, images, labels)
-        updates, state = optimizer(setting).update(grads, state, params)
-        return optax.apply_updates(params, updates), stats, state
+        return train_step(graph, optimizer(setting), variables, images, labels)
 
     @jax.jit
     def evaluate(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Score:
@@ -99,8 +129,7 @@ def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation
         params, stats = weights(seed)
         variables = (params, stats, start(params, setting))
         for _ in range(task.epochs):
-            order = rng.permutation(chosen)[: len(chosen) // size * size]
-            for batch in order.reshape(-1, size):
+            for batch in shuffled(rng, chosen, size):
                 variables = step(variables, images[batch], labels[batch], setting)
         held_out = task.test if test else (images[left_out], labels[left_out])
         accuracy, loss = evaluate(*variables[:2], *held_out)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees
-from spherical_optax.transforms._pair import OTHER_STATE, aligned, as_dtype_of, widened
+from spherical_optax._engine.layout import OTHER_STATE, aligned, as_dtype_of, widened
 
 
 def foreign(who: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

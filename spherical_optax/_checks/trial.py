@@ -10,8 +10,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees
-from spherical_optax.groups import RadialGroup
-from spherical_optax.transforms._units import Unit
+from spherical_optax.groups import Joint, RadialGroup
 
 AFFORDABLE = 1_000_000  # entries of parameters that are tried in their own shapes
 
@@ -26,7 +25,7 @@ class Trial(NamedTuple):
 
 
 def trials(
-    tx: optax.GradientTransformation, params: Any, units: list[Unit], steps: int, *, same: bool
+    tx: optax.GradientTransformation, params: Any, joints: list[Joint], steps: int, *, same: bool
 ) -> Iterator[list[Trial]]:
     """Runs of a few steps on small arrays with the parameters' paths and numbers of axes.
 
@@ -38,7 +37,7 @@ def trials(
     Args:
       tx: The transformation.
       params: The parameters; only paths, shapes and dtypes are read.
-      units: Their units.
+      joints: Their joints.
       steps: Steps of a run.
       same: Whether every step has the same gradients.
 
@@ -46,7 +45,7 @@ def trials(
       Exception: That of the last run, if all fail.
     """
     leaves = _trees.visible_leaves(params)
-    groups = {i: group for unit in units for i, group in unit.items()}
+    groups = {i: group for joint in joints for i, group in joint.items()}
     everything = list(range(len(leaves)))
     shapes = [(_one_of_each_kind(leaves, groups), _small), (everything, _small)]
     if sum(np.size(leaf.value) for leaf in leaves if leaf.value is not None) <= AFFORDABLE:
@@ -90,7 +89,13 @@ def _run(
         def loss(gradients: Any) -> Any:
             # Above 0, which some take for the least value there is.
             def value_fn(params: Any) -> jax.Array:
-                return 1e3 + optax.tree.real(optax.tree.vdot(gradients, params))
+                x = {leaf.keys: leaf.value for leaf in _trees.visible_leaves(params)}
+                terms = [
+                    jnp.vdot(leaf.value, x[leaf.keys]).real
+                    for leaf in _trees.visible_leaves(gradients)
+                    if leaf.value is not None and x.get(leaf.keys) is not None  # masked, else
+                ]
+                return jnp.asarray(1e3 + sum(terms))
 
             return value_fn
 

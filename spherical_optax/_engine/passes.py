@@ -1,0 +1,159 @@
+"""Two passes over the arrays of a joint: one for inner products, one for combinations.
+
+The function of one group is *run* twice, too: the first time on nothing, to learn which inner
+products it asks for; the second time with these.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spherical_optax import geometry
+from spherical_optax._engine.layout import per_entry, per_entry_in_groups
+from spherical_optax._engine.state import per_leaf
+from spherical_optax._engine.step import NOT_PER_LEAF
+from spherical_optax._engine.vector import Space, Vector
+from spherical_optax._numerics import wide
+from spherical_optax._xla import Request, compute_once, inner_products
+from spherical_optax.groups import Joint, group_size
+
+VECTORS = (per_entry, per_entry_in_groups)  # the shapes of what is one to a step
+ROUNDING = 16  # units of rounding that a sum of products may be off by
+
+
+def two_passes(
+    on_groups: Callable[[Vector, Vector, Any], tuple[Vector, Any]],
+    joint: Joint,
+    shapes: list[Any],
+    shared: list[Any],
+    treedef: Any,
+    updates: dict[int, jax.Array],
+    params: dict[int, jax.Array],
+    *fields: dict[int, jax.Array],
+) -> list[dict[int, jax.Array]]:
+    """The new updates and fields of a joint.
+
+    Args:
+      on_groups: From update, point and state to the new update and state.
+      joint: From leaf number to group.
+      shapes: Of each part of the state, its `StateShape` or `NOT_PER_LEAF`.
+      shared: Of each part that is not per leaf, its value.
+      treedef: From the parts of the state to it.
+      updates: The updates, by leaf number.
+      params: The parameters.
+      *fields: The parts of the state that are per leaf.
+    """
+    places = [place for place, shape in enumerate(shapes) if shape is not NOT_PER_LEAF]
+    own = dict(zip(places, fields, strict=True))
+    names = {place: str(place) for place in places if shapes[place] in VECTORS}
+    arrays = {"update": updates, "point": params}
+    arrays |= {name: own[place] for place, name in names.items()}
+    given = list(shared)
+    for place in own.keys() - names.keys():
+        given[place] = next(iter(own[place].values()))
+
+    def run(space: Space) -> tuple[Vector, list[Any]]:
+        vectors = {name: Vector({name: 1}, space) for name in arrays}
+        state = [
+            vectors[names[place]] if place in names else value for place, value in enumerate(given)
+        ]
+        update, new = on_groups(vectors["update"], vectors["point"], treedef.unflatten(state))
+        return update, treedef.flatten_up_to(new)
+
+    space, wanted = _asked(run, arrays, joint)
+    order = list(dict.fromkeys(name for pair in wanted for name in pair))
+    pairs = [(order.index(i), order.index(j)) for i, j in wanted]
+    request = Request([arrays[name] for name in order], pairs, joint)
+    sums = inner_products(request) if pairs else []
+    products = dict(zip(wanted, sums, strict=True))
+    update, new = run(space(product=lambda *pair: products[pair]))
+
+    made: dict[Any, Any] = dict(arrays)
+    for vector, parts in _coefficients([update, *(new[place] for place in names)]).items():
+        made[vector] = _combination([(made[part], value) for part, value in parts.items()], joint)
+
+    def like(leaves: dict[int, jax.Array], vector: Vector) -> dict[int, jax.Array]:
+        return {i: x.astype(leaves[i].dtype) for i, x in made[vector].items()}
+
+    return [
+        like(updates, update),
+        *(
+            like(own[place], new[place])
+            if place in names
+            else own[place]
+            if new[place] is given[place]
+            else per_leaf(new[place], joint, own[place])
+            for place in places
+        ),
+    ]
+
+
+def _asked(
+    run: Callable[[Space], Any], arrays: dict[str, Any], joint: Joint
+) -> tuple[Callable[..., Space], list[tuple[str, ...]]]:
+    """The space of a joint's arrays, but for its products, and those that a run asks for."""
+    infos = {name: [jnp.finfo(x.dtype) for x in each.values()] for name, each in arrays.items()}
+    like = jax.eval_shape(lambda x: geometry.norm(x, joint), arrays["point"])
+    kept = max(float(info.eps) for name in infos if name != "point" for info in infos[name])
+    space = functools.partial(
+        Space,
+        size=group_size(joint, arrays["point"]),
+        ndim=len(like.shape),
+        lost=max(ROUNDING * float(jnp.finfo(like.dtype).eps), kept**2),
+        dtype=min(infos["point"], key=lambda info: info.bits).dtype,
+    )
+    wanted: dict[tuple[str, ...], None] = {}
+
+    def tried(one: jax.Array) -> tuple[()]:
+        def product(*pair: str) -> jax.Array:
+            wanted[pair] = None
+            return one
+
+        run(space(product=product))
+        return ()
+
+    jax.eval_shape(tried, like)
+    return space, list(wanted)
+
+
+def _coefficients(vectors: Iterable[Vector]) -> dict[Vector, dict[Any, Any]]:
+    """The parts of vectors, and before them of those that they store, with final coefficients."""
+    parts_of: dict[Vector, dict[Any, Any]] = {}
+
+    def visit(vector: Vector) -> None:
+        for part in vector.parts:
+            if isinstance(part, Vector):
+                visit(part)
+        parts_of[vector] = dict(vector.parts)
+
+    for vector in vectors:
+        visit(vector)
+    places = [
+        (vector, part)
+        for vector, parts in parts_of.items()
+        for part, value in parts.items()
+        if isinstance(value, jax.Array) and value.ndim == vector.space.ndim
+    ]
+    if places:
+        values = [parts_of[vector][part] for vector, part in places]
+        dtype = jnp.result_type(*values)
+        finals = compute_once([jnp.asarray(value, dtype) for value in values])
+        for (vector, part), value in zip(places, finals, strict=True):
+            parts_of[vector][part] = value
+    return parts_of
+
+
+def _combination(terms: list[tuple[Any, Any]], joint: Joint) -> dict[int, jax.Array]:
+    """The sum of arrays times coefficients, one or one per group."""
+    total: dict[int, Any] = {}
+    for arrays, coefficient in terms:
+        for i, group in joint.items():
+            term = wide(arrays[i])
+            if not (isinstance(coefficient, int) and coefficient == 1):
+                value = jnp.asarray(coefficient, term.dtype)
+                term = term * (geometry.spread(value, term, group) if value.ndim else value)
+            total[i] = total[i] + term if i in total else term
+    return total

@@ -1,0 +1,72 @@
+"""Several sums over the groups of a joint."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from spherical_optax._numerics import accumulator, sum_groups
+from spherical_optax._xla import _cpu, _gpu
+from spherical_optax._xla._leaf import Leaf, sums_together
+from spherical_optax.groups import RadialGroup
+from spherical_optax.sharding import laid_out, on_one_device
+
+__all__ = ["Request", "inner_products", "sums_together"]
+
+
+class Request(NamedTuple):
+    """Inner products of the groups of a joint.
+
+    Attributes:
+      vectors: Each a dictionary from leaf number to array.
+      pairs: Which vectors to multiply, by their position.
+      joint: From leaf number to `RadialGroup`.
+    """
+
+    vectors: Sequence[Mapping[int, jax.Array]]
+    pairs: Sequence[tuple[int, int]]
+    joint: Mapping[int, RadialGroup]
+
+
+def inner_products(request: Request) -> list[jax.Array]:
+    """The inner products that are requested, as `geometry.inner` of each pair.
+
+    Returns:
+      One value per group for each pair, all of the widest dtype.
+    """
+    vectors, pairs, joint = request
+    dtypes = [accumulator(x.dtype) for vector in vectors for x in vector.values()]
+    dtype = max(dtypes, key=lambda each: jnp.finfo(each).bits)
+    totals: list[jax.Array] = []
+    for i, group in joint.items():
+        sums = _of_leaf(Leaf([vector[i] for vector in vectors], tuple(pairs), group, dtype))
+        if totals:
+            like = jax.typeof(totals[0])
+            sums = [laid_out(each, like.shape, like.sharding) for each in sums]
+            totals = [total + each for total, each in zip(totals, sums, strict=True)]
+        else:
+            totals = sums
+    return totals
+
+
+def _of_leaf(leaf: Leaf) -> list[jax.Array]:
+    platforms: dict[str, Any] = {}
+    if on_one_device():  # parts of an array over several devices may lie on more than one
+        platforms |= {"cpu": _cpu.in_parts} if _cpu.parts_pay(leaf) else {}
+        platforms |= {"cuda": _gpu.in_parts} if _gpu.parts_pay(leaf) else {}
+    if not platforms:
+        return _plain(leaf)
+
+    def by(platform: Any) -> Any:
+        return lambda *arrays: platform(leaf._replace(arrays=arrays))
+
+    branches = {name: by(platform) for name, platform in platforms.items()}
+    return lax.platform_dependent(*leaf.arrays, default=by(_plain), **branches)
+
+
+def _plain(leaf: Leaf) -> list[jax.Array]:
+    """One sum for each pair, in the compiler's own way."""
+    wide = [x.astype(leaf.dtype) for x in leaf.arrays]
+    return [sum_groups(wide[i] * wide[j], leaf.group) for i, j in leaf.pairs]

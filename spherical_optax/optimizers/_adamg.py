@@ -1,0 +1,143 @@
+"""AdamG and AdamG*: Adam on the unit sphere, and the one that SGD with L2 is."""
+
+import jax
+import optax
+
+from spherical_optax._checks.at_init import refuse_single_entries, require_other
+from spherical_optax.groups import Groups
+from spherical_optax.optimizers._common import check_adam
+from spherical_optax.transforms import (
+    chain,
+    retract,
+    scale_by_adamg,
+    scale_by_adamg_star,
+)
+from spherical_optax.transforms._learning_rates import learning_rates_as
+
+
+def adamg(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    other: optax.GradientTransformation | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamG: Adam on the unit sphere of each group.
+
+    ```
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) |g|^2
+    x' = (x - learning_rate mhat / (sqrt(vhat) + eps)) / |same|
+    ```
+
+    and m is transported from x to x'. The first step puts each group on its sphere, or the
+    first few where it is far longer: see `retract`.
+
+    There is no `nesterov`, as no such form is published (for one, put
+    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
+    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
+
+    Args:
+      learning_rate: A number or a schedule: the angle of a step, in radians, to first
+        order, where gradients agree.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See the module `spherical_optax.groups`.
+      other: The optimizer of leaves without a group, such as `optax.adam(1e-3)`; it has to be
+        given where there are such leaves.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit the
+        parameters, a group has one entry, or other is missing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.adamg(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f} {jnp.linalg.norm(params):.2f}")
+      -1.00 1.00
+
+    References:
+      Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G), in
+      the form of the code of Roburin et al., Neurocomputing 2022.
+    """
+    check_adam("adamg", b1, b2, eps)
+    tx = chain(
+        require_other("adamg", groups, other),
+        scale_by_adamg(b1, b2, eps, groups=groups, mu_dtype=mu_dtype),
+        learning_rates_as("adamg", learning_rate, groups, other),
+        retract(groups, radius=1.0),
+        who="adamg",
+    )
+    return refuse_single_entries("adamg", groups, tx)
+
+
+def adamg_star(
+    learning_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    *,
+    groups: Groups,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamG*: traces the directions of SGD with L2, on the unit sphere.
+
+    ```
+    u' = retract(u - (2 beta)^(-1/2) grad L(u) / sqrt(v))        v' = beta v + |grad L(u)|^2
+    beta = (1 - learning_rate weight_decay)^4        v_0 = r_0^4 / (2 learning_rate^2 sqrt(beta))
+    ```
+
+    Equal to SGD to high order in its effective learning rate: what the growing radius does
+    to SGD's steps, the second moment does here. The first step puts each group on its
+    sphere, after which its radius is 1, or the first few where it is far longer: see
+    `retract`.
+
+    Args:
+      learning_rate: That of the SGD, a number.
+      weight_decay: Its L2 factor, a number.
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD
+        with L2, at the same rate, which is part of the equivalence; `optax.partition` gives
+        them another.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
+        not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> directions = []
+      >>> for tx in (so.adamg_star(0.1, groups=so.per_layer()), optax.sgd(0.1)):
+      ...     params = jnp.array([0., 2.])
+      ...     state = tx.init(params)
+      ...     for _ in range(20):
+      ...         updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...         params = optax.apply_updates(params, updates)
+      ...     directions.append(params / jnp.linalg.norm(params))
+      >>> bool(jnp.linalg.norm(directions[0] - directions[1]) < 1e-5)
+      True
+
+    References:
+      Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).
+    """
+    tx = chain(
+        scale_by_adamg_star(learning_rate, weight_decay, groups=groups),
+        retract(groups, radius=1.0),
+        who="adamg_star",
+    )
+    return refuse_single_entries("adamg_star", groups, tx)

@@ -1,0 +1,64 @@
+"""Parts that the chains share: weight decay, and learning rates in and out of groups."""
+
+from typing import Any
+
+import optax
+
+from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax._engine.layout import no_params
+from spherical_optax._masks import Mask, checked
+from spherical_optax.groups import Groups
+from spherical_optax.transforms._learning_rates import Rates, learning_rates_as
+
+
+def decays(weight_decay: Any) -> bool:
+    """Whether there is weight decay: not if it is known to be 0."""
+    return not (isinstance(weight_decay, int | float) and weight_decay == 0)
+
+
+def decayed_weights(who: str, weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
+    """Adds weight_decay x: L2 before the moments, decoupled decay after them."""
+    check_number(who, "weight_decay", weight_decay)
+    if not decays(weight_decay):
+        return optax.identity()
+    tx = optax.add_decayed_weights(weight_decay, None if mask is None else checked(who, mask))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if params is None:
+            raise no_params(who)
+        return tx.update(updates, state, params)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def learning_rates(
+    who: str,
+    learning_rate: Rates,
+    other_learning_rate: optax.ScalarOrSchedule | None,
+    groups: Groups,
+) -> optax.GradientTransformation:
+    """Scales by minus the learning rate, and by minus another on leaves without a group."""
+    other = None
+    if other_learning_rate is not None:
+        check_learning_rate(who, other_learning_rate, "other_learning_rate")
+        other = optax.scale_by_learning_rate(other_learning_rate)
+    return learning_rates_as(who, learning_rate, groups, other)
+
+
+def check_adam(who: str, b1: Any, b2: Any, eps: Any = 0.0) -> None:
+    """Raises unless these are decay rates, and a number to add."""
+    check_number(who, "b1", b1, below=1)
+    check_number(who, "b2", b2, below=1)
+    check_number(who, "eps", eps)
+
+
+def no_weight_decay(who: str, weight_decay: Any) -> None:
+    """Raises a `TypeError` where weight decay is given to an optimizer that fixes the radius."""
+    if weight_decay is not None:
+        raise TypeError(
+            f"{who}: expected no weight_decay, found {weight_decay!r}: the radius of groups is "
+            "fixed, so it would do nothing there. That of other leaves goes with their optimizer: "
+            f"{who}(..., other=optax.adamw(learning_rate, weight_decay=...))."
+        )

@@ -1,0 +1,269 @@
+"""Hyperball: steps of a given angle at a fixed radius, along any direction, Adam's or Muon's."""
+
+from typing import Any, Literal
+
+import jax
+import optax
+from optax import contrib
+
+from spherical_optax import _trees
+from spherical_optax._checks import check_number, check_transformation
+from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
+from spherical_optax._masks import in_groups
+from spherical_optax.groups import Groups, RadialGroup, joints_of
+from spherical_optax.optimizers._common import check_adam, no_weight_decay
+from spherical_optax.transforms import (
+    chain,
+    normalize_updates,
+    retract,
+)
+from spherical_optax.transforms._learning_rates import Rates, learning_rates_as
+from spherical_optax.transforms._radius import Radius
+
+
+def hyperball(
+    inner: optax.GradientTransformation,
+    learning_rate: Rates,
+    *,
+    groups: Groups,
+    other: optax.GradientTransformation | None = None,
+    radius: Radius | Literal["initial"] = "initial",
+) -> optax.GradientTransformationExtraArgs:
+    """Hyperball: steps of a given relative length along any direction, at a fixed radius.
+
+    ```
+    x' = r normalize(x - learning_rate |x| w / |w|)
+    ```
+
+    with w the direction of `inner` and r the length that training begins with. `adamh` and
+    `muonh` are this with the directions of Adam and of Muon.
+
+    Groups need a length: initialise output projections with something else than zeros. A group
+    of length 0 does not move; `init` refuses it, and warns where it is traced, as by `jax.jit`.
+
+    Args:
+      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
+        a whole optimizer, whose update has its sign turned already.
+      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
+        dictionary from regular expressions on paths to these, of which the first found
+        (`re.search`) decides. Rates and scales inside of `inner` cancel in groups.
+      groups: See the module `spherical_optax.groups`.
+      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
+        to be given where there are such leaves. `inner` sees leaves with a group only.
+      radius: The radius to keep, as in `retract`: `"initial"` for the length that training begins
+        with, or one of the forms of `place_on_sphere`, which puts weights there at once;
+        `retract` takes a few steps where they are far outside.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at
+        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
+        entry or is known to have norm zero, inner's updates point against the gradients, or
+        other is missing.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> tx = so.hyperball(optax.scale_by_adam(), 0.1, groups=so.per_layer())
+      >>> params = jnp.array([3., 4.])
+      >>> updates, _ = tx.update(jnp.array([1., 2.]), tx.init(params), params)
+      >>> so.geometry.norm(optax.apply_updates(params, updates), so.per_layer())
+      Array(5., dtype=float32)
+
+    References:
+      Wen et al., Hyperball, 2026.
+    """
+    return _hyperball("hyperball", inner, learning_rate, groups, other, radius)
+
+
+def _hyperball(
+    who: str, inner: Any, learning_rate: Rates, groups: Groups, other: Any, radius: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Hyperball under the name of the function that was called."""
+    check_transformation(who, inner)
+    initial = isinstance(radius, str) and radius == "initial"
+    return chain(
+        require_spheres(who, groups, warn=not initial),  # retract warns of its own
+        require_other(who, groups, other),
+        require_direction(who, inner, groups),
+        optax.masked(inner, in_groups(groups, True)),
+        normalize_updates(groups),
+        learning_rates_as(who, learning_rate, groups, other),
+        retract(groups, radius),
+        who=who,
+    )
+
+
+def adamh(
+    learning_rate: Rates,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    groups: Groups,
+    other: optax.GradientTransformation | None = None,
+    nesterov: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    radius: Radius | Literal["initial"] = "initial",
+    weight_decay: None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamH: Hyperball along Adam's direction.
+
+    ```
+    w = mhat / (sqrt(vhat) + eps)        x' = r normalize(x - learning_rate r w / |w|)
+    ```
+
+    with r the length that training begins with. There is no weight decay in groups, whose radius
+    is fixed.
+
+    Args:
+      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
+        dictionary from regular expressions on paths to these, as in `hyperball`.
+      b1: Decay rate of the first moment, in [0, 1).
+      b2: Decay rate of the second moment, in [0, 1).
+      eps: Added to the denominator.
+      groups: See the module `spherical_optax.groups`. As published a group is a matrix,
+        `per_layer()`, of stacked layers `RadialGroup((0,))`; finer groups keep a radius each.
+      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
+        to be given where there are such leaves.
+      nesterov: Whether to use Nesterov momentum, as in `optax.adam`.
+      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      radius: The radius to keep, as in `hyperball`.
+      weight_decay: Nothing: the radius of groups is fixed, and other leaves have the decay of
+        `other`. The error says so.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, where `hyperball` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> groups = {"kernel": so.per_layer(), "bias": None}
+      >>> tx = so.adamh(0.1, groups=groups, other=optax.adam(1e-3))
+      >>> params = {"kernel": jnp.array([[3., 4.]]), "bias": jnp.zeros(2)}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> jnp.linalg.norm(optax.apply_updates(params, updates)["kernel"])
+      Array(5., dtype=float32)
+
+    References:
+      Wen et al., Hyperball, 2026 (AdamH).
+    """
+    check_adam("adamh", b1, b2, eps)
+    no_weight_decay("adamh", weight_decay)
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov)
+    return _hyperball("adamh", adam, learning_rate, groups, other, radius)
+
+
+def muonh(
+    learning_rate: Rates,
+    momentum: jax.typing.ArrayLike = 0.95,
+    *,
+    groups: Groups,
+    other: optax.GradientTransformation | None = None,
+    bias_correction: bool = True,
+    ns_steps: int = 5,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    radius: Radius | Literal["initial"] = "initial",
+    weight_decay: None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """MuonH: Hyperball along Muon's direction.
+
+    ```
+    w = the orthogonal factor of the Nesterov momentum, by Newton-Schulz iterations
+    x' = r normalize(x - learning_rate r w / |w|)
+    ```
+
+    with r the length that training begins with. The matrix of a group is its two axes; those that
+    index groups, as of stacked layers and experts, are batch axes. Of a leaf of two axes whose
+    groups are rows or columns, Muon's matrix is the leaf.
+
+    Args:
+      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
+        dictionary from regular expressions on paths to these, as in `hyperball`.
+      momentum: Decay rate of Muon's momentum, in [0, 1).
+      groups: See the module `spherical_optax.groups`.
+      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
+        to be given where there are such leaves.
+      bias_correction: Whether the Nesterov momentum is corrected for its bias, as in
+        `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.
+      ns_steps: Newton-Schulz iterations.
+      mu_dtype: dtype of the momentum; the parameter's if `None`.
+      radius: The radius to keep, as in `hyperball`.
+      weight_decay: Nothing: the radius of groups is fixed, and other leaves have the decay of
+        `other`. The error says so.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if a group is no matrix, and
+        where `hyperball` raises.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> groups = {"kernel": so.per_layer(), "bias": None}
+      >>> tx = so.muonh(0.1, groups=groups, other=optax.adam(1e-3))
+      >>> params = {"kernel": 5 * jnp.eye(2), "bias": jnp.zeros(2)}
+      >>> grads = {"kernel": jnp.array([[0., 1.], [1., 0.]]), "bias": jnp.ones(2)}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{jnp.linalg.norm(optax.apply_updates(params, updates)['kernel']):.4f}")
+      7.0711
+
+    References:
+      Wen et al., Hyperball, 2026 (MuonH); Jordan et al., Muon, 2024.
+    """
+    check_number("muonh", "momentum", momentum, below=1)
+    no_weight_decay("muonh", weight_decay)
+
+    def dimensions(tree: Any) -> Any:
+        return _matrices(groups, tree)
+
+    if bias_correction:
+        muon = contrib.scale_by_muon(
+            ns_steps=ns_steps,
+            beta=momentum,
+            mu_dtype=mu_dtype,
+            weight_dimension_numbers=dimensions,
+        )
+    else:
+        muon = optax.chain(
+            optax.trace(momentum, nesterov=True, accumulator_dtype=mu_dtype),
+            contrib.scale_by_muon(
+                ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dimensions
+            ),
+        )
+    return _hyperball("muonh", muon, learning_rate, groups, other, radius)
+
+
+def _matrices(groups: Groups, tree: Any) -> Any:
+    """Muon's axes for each leaf with a group.
+
+    Raises:
+      ValueError: If a leaf with a group has no matrix.
+    """
+    leaves, treedef = _trees.visible_leaves(tree), _trees.flatten(tree)[1]
+    axes: list[Any] = [None if leaf.value is None else False for leaf in leaves]
+    for joint in joints_of(groups, tree):
+        for i, group in joint.items():
+            axes[i] = _matrix(leaves[i], group)
+    return treedef.unflatten(axes)
+
+
+def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbers:
+    ndim = leaf.value.ndim
+    summed = [axis for axis in range(ndim) if axis not in group.axes(ndim)]
+    if ndim == 2 and len(summed) == 1:
+        summed = [0, 1]
+    if len(summed) != 2:
+        raise ValueError(
+            f"muonh: {leaf.path} of shape {leaf.value.shape}: expected a group of two axes for "
+            f"Muon, found {len(summed)} beside the axes {group.axes(ndim)} that index groups; name "
+            "axes of stacked matrices in index_axes, reshape the leaf, or give it no group."
+        )
+    return contrib.MuonDimensionNumbers(*summed)

@@ -1,0 +1,81 @@
+"""SGD-MRT: momentum SGD on the sphere."""
+
+import jax
+import optax
+
+from spherical_optax._checks import check_number
+from spherical_optax._masks import Mask
+from spherical_optax.groups import Groups
+from spherical_optax.optimizers._common import decayed_weights, decays, learning_rates
+from spherical_optax.transforms import chain, transported_trace
+
+
+def sgdmrt(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike = 0.9,
+    dampening: jax.typing.ArrayLike = 0.0,
+    *,
+    groups: Groups,
+    other_learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD-MRT: momentum SGD whose momentum is rescaled and transported.
+
+    ```
+    g = grad L(x) + weight_decay x
+    m = momentum m + (1 - dampening) g        x' = x - learning_rate m
+    ```
+
+    There is no `nesterov`, as no such form is published: for one, put
+    `transport_moments(optax.trace(momentum, nesterov=True), groups)` before the learning rate.
+
+    Args:
+      learning_rate: A number or a schedule.
+      momentum: Decay rate of the momentum, in [0, 1).
+      dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+        `optax.sgd`.
+      other_learning_rate: That of leaves without a group, a number or a schedule;
+        `learning_rate` if `None`.
+      weight_decay: Factor of the coupled L2 term. In groups it acts 1 - momentum times as
+        strongly as in `optax.sgd` after `optax.add_decayed_weights`: its momentum is
+        radial, and not carried.
+      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
+        or a function of the parameters that returns one; all if `None`.
+      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
+
+    Returns:
+      The optimizer; `update` needs params.
+
+    Raises:
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
+      >>> params = jnp.array([0., 1.])
+      >>> tx = so.sgdmrt(0.1, groups=so.per_layer())
+      >>> state = tx.init(params)
+      >>> for _ in range(50):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{loss(params):.2f}")
+      -1.00
+
+    References:
+      Roburin et al., Spherical perspective on learning with normalization layers,
+      Neurocomputing 2022.
+    """
+    check_number("sgdmrt", "momentum", momentum, below=1)
+    check_number("sgdmrt", "dampening", dampening, below=1)
+    return chain(
+        decayed_weights("sgdmrt", weight_decay, mask),
+        optax.scale(1 - dampening) if decays(dampening) else optax.identity(),
+        transported_trace(momentum, groups=groups, accumulator_dtype=accumulator_dtype),
+        learning_rates("sgdmrt", learning_rate, other_learning_rate, groups),
+        who="sgdmrt",
+    )

@@ -1,0 +1,161 @@
+"""Learning rates: one for groups, and another, or any transformation, for all other leaves."""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import optax
+
+from spherical_optax import _trees
+from spherical_optax._checks import check_learning_rate, check_transformation
+from spherical_optax._engine.foreign import foreign
+from spherical_optax._engine.layout import Layout, aligned
+from spherical_optax._engine.lift import Lifted, lift
+from spherical_optax._engine.step import NOT_PER_LEAF, Step
+from spherical_optax._masks import in_groups
+from spherical_optax.groups import Groups, by_rule, check_rules, check_used, joints_of
+
+Rates: TypeAlias = optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule]
+"""A number or a schedule, or a dictionary from regular expressions on paths to these."""
+
+
+def scale_by_learning_rates(
+    learning_rate: Rates,
+    *,
+    groups: Groups,
+    other: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales by minus the learning rate, which may be another one for leaves without a group.
+
+    ```
+    -learning_rate v        on leaves with a group
+    other(v)                on leaves without one
+    ```
+
+    In a `chain` it stands between transforms of the same groups without parting them, as
+    `optax.scale_by_learning_rate` does.
+
+    Args:
+      learning_rate: A number or a schedule; or a dictionary from regular expressions on paths to
+        these, of which the first found (`re.search`) decides, and which does part them.
+      groups: See the module `spherical_optax.groups`.
+      other: The transformation of leaves without a group, sign included, such as
+        `optax.scale_by_learning_rate(1e-3)` or a whole optimizer; their rate is `learning_rate`
+        if `None`.
+
+    Returns:
+      A transformation with the state of `optax.scale_by_learning_rate`; with `other`, that of
+      the two, masked.
+
+    Raises:
+      TypeError, ValueError: If a rate is out of range, or `other` is no transformation; at `init`,
+        if `groups` does not fit the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import spherical_optax as so
+      >>> groups = {"kernel": so.per_layer(), "bias": None}
+      >>> other = optax.scale_by_learning_rate(0.5)
+      >>> tx = so.scale_by_learning_rates(0.1, groups=groups, other=other)
+      >>> params = {"kernel": jnp.ones(2), "bias": jnp.ones(2)}
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> print(updates["kernel"], updates["bias"])
+      [-0.1 -0.1] [-0.5 -0.5]
+    """
+    return learning_rates_as("scale_by_learning_rates", learning_rate, groups, other)
+
+
+def learning_rates_as(
+    who: str, learning_rate: Rates, groups: Groups, other: optax.GradientTransformation | None
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_learning_rates` under the name of the function that was called."""
+    if other is not None:
+        check_transformation(who, other, "other")
+    if isinstance(learning_rate, Mapping):
+        return _rates_by_path(who, learning_rate, other, groups)
+    check_learning_rate(who, learning_rate)
+    rate = optax.scale_by_learning_rate(learning_rate)
+    if other is None:
+        return _everywhere(who, rate, groups)
+    inside, outside = _in_groups_only(who, rate, groups), _elsewhere_only(who, other, groups)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return inside.init(params), outside.init(params)
+
+    def prepare(layout: Layout, state: Any) -> Any:
+        inside_state, on_group = inside.step.prepare(layout, state[0])
+        return (inside_state, outside.step.prepare(layout, state[1])[0]), on_group
+
+    return lift(Step(who, groups, init, NOT_PER_LEAF, prepare, needs_params=False))
+
+
+def _everywhere(who: str, rate: optax.GradientTransformation, groups: Groups) -> Lifted:
+    """A transformation that multiplies all entries by one number, as a step."""
+
+    def prepare(layout: Layout, state: Any) -> Any:
+        leaves = [jnp.ones(()), *(layout.updates[i] for i in layout.rest)]
+        (factor, *scaled), state = rate.update(leaves, state)
+        for i, leaf in zip(layout.rest, scaled, strict=True):
+            layout.updates[i] = leaf
+        return state, lambda v, x, state: (v * factor, state)
+
+    return lift(Step(who, groups, rate.init, NOT_PER_LEAF, prepare, needs_params=False))
+
+
+def _in_groups_only(who: str, rate: optax.GradientTransformation, groups: Groups) -> Lifted:
+    """The same for leaves with a group."""
+    masked = optax.masked(rate, in_groups(groups, True))
+
+    def prepare(layout: Layout, state: Any) -> Any:
+        del layout
+        factor, inner_state = rate.update(jnp.ones(()), state.inner_state)
+        state = state._replace(inner_state=inner_state)
+        return state, lambda v, x, state: (v * factor, state)
+
+    return lift(Step(who, groups, masked.init, NOT_PER_LEAF, prepare, needs_params=False))
+
+
+def _elsewhere_only(who: str, tx: optax.GradientTransformation, groups: Groups) -> Lifted:
+    """Any transformation of leaves without a group, as a step that leaves groups alone."""
+    masked = foreign(who, optax.masked(tx, in_groups(groups, False)))
+
+    def prepare(layout: Layout, state: Any) -> Any:
+        updates, like = layout.trees(layout.updates)[0], layout.like
+        updates, state = masked.update(updates, state, layout.tree, **layout.extra_args)
+        leaves = aligned(who, like, updates)[0]
+        for i in layout.rest:
+            layout.updates[i] = leaves[i]
+        return state, lambda v, x, state: (v, state)
+
+    return lift(Step(who, groups, masked.init, NOT_PER_LEAF, prepare, needs_params=False))
+
+
+def _rates_by_path(
+    who: str,
+    rules: Mapping[str, optax.ScalarOrSchedule],
+    other: optax.GradientTransformation | None,
+    groups: Groups,
+) -> optax.GradientTransformation:
+    """Scales each group by the rate of the first rule that is found in its path."""
+    check_rules(who, "learning_rate", rules)
+    for rate in rules.values():
+        check_learning_rate(who, rate)
+    rates = {rule: optax.scale_by_learning_rate(rate) for rule, rate in rules.items()}
+
+    def labels(tree: Any) -> Any:
+        joints = joints_of(groups, tree)
+        said: dict[int, Any] = {}
+        rules_of = by_rule(who, "learning_rate", rules, joints, tree)
+        for joint, rule in zip(joints, rules_of, strict=True):
+            said |= dict.fromkeys(joint, rule)
+        boxes, treedef = _trees.flatten_boxes(tree)
+        return treedef.unflatten([said.get(i, "") for i in range(len(boxes))])
+
+    rest = optax.set_to_zero() if other is None else other
+    tx = optax.partition({**rates, "": rest}, labels)
+
+    def init(params: optax.Params) -> optax.OptState:
+        check_used(who, "learning_rate", rules, joints_of(groups, params), params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
