@@ -35,7 +35,7 @@ test-fuzz: .venv/installed
 	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
 test-accelerators: .venv-accelerators/installed
-	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-accelerators/bin/python -m pytest -n 2 tests/test_compiled.py
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-accelerators/bin/python -m pytest -n 2 tests/benchmarks/test_compiled.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -77,7 +77,7 @@ build: .venv-release/installed
 # What is written is executed: the pages' programs by the tests, the tutorials in the build. Tests
 # of Haiku and Keras run here, where these are installed.
 docs: .venv-docs/installed
-	.venv-docs/bin/python -m pytest -n 2 tests/test_documents.py tests/test_transposed.py tests/test_half_precision.py
+	.venv-docs/bin/python -m pytest -n 2 tests/pages/test_documents.py tests/detection/test_transposed.py tests/detection/test_half_precision.py
 	PATH=$(CURDIR)/.venv-docs/bin:$$PATH JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 # What a user's editor says of a program of theirs, and how much of the public names has a type.

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compositions import PAIRS
 from conftest import precision
 from flax import nnx
 from flax.core import FrozenDict
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reference import tangent
-from test_unit_sphere import PAIRS
 
 import spherical_optax as so
 from spherical_optax import geometry

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import optax
 
-from spherical_optax._engine.layout import Layout, per_entry
+from spherical_optax._engine.layout import Layout, check_type, per_entry
 from spherical_optax._engine.passes import two_passes
 from spherical_optax._engine.state import pick
 from spherical_optax._engine.step import NOT_PER_LEAF, Step
 from spherical_optax._engine.vector import Vector
-from spherical_optax._xla import materialize
 from spherical_optax.groups import Joint
 
 
@@ -47,7 +46,7 @@ def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | N
     Args:
       steps: Steps of the same groups.
       made_before: Whether the updates are made by another transformation in the same program, so
-        that the second pass would make them again.
+        that each pass would make them again.
       who: The function that was called, for messages, if it is not the step.
 
     Returns:
@@ -96,12 +95,10 @@ def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | N
             return update, states
 
         shared = [None if place in places else value for place, value in enumerate(fields)]
-        per_kind = _of_each_kind(on_groups, shapes, shared, treedef)
+        per_kind = _of_each_kind(on_groups, shapes, shared, treedef, made_before)
         for joint in layout.present():
             lists = [layout.updates, layout.params, *(fields[place] for place in places)]
             leaves = [pick(joint, each) for each in lists]
-            if made_before:
-                leaves[0] = {i: materialize(w) for i, w in leaves[0].items()}
             new, *kept = per_kind(joint, *leaves)
             for target, found in zip([layout.updates, *lists[2:]], [new, *kept], strict=True):
                 for i, leaf in found.items():
@@ -114,7 +111,7 @@ def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | N
     return update
 
 
-def _of_each_kind(on_groups: Any, shapes: Any, shared: Any, treedef: Any) -> Any:
+def _of_each_kind(on_groups: Any, shapes: Any, shared: Any, treedef: Any, made_before: bool) -> Any:
     """The step of a joint; in a program that is traced, joints that are alike are traced once."""
     functions: dict[Any, Any] = {}
 
@@ -124,7 +121,13 @@ def _of_each_kind(on_groups: Any, shapes: Any, shared: Any, treedef: Any) -> Any
         alike = tuple(dataclasses.replace(group, joint=None) for group in groups)
         if alike not in functions:
             own = functools.partial(
-                two_passes, on_groups, dict(enumerate(groups)), shapes, shared, treedef
+                two_passes,
+                on_groups,
+                dict(enumerate(groups)),
+                shapes,
+                shared,
+                treedef,
+                made_before,
             )
             functions[alike] = own
             if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaves)):
@@ -133,12 +136,3 @@ def _of_each_kind(on_groups: Any, shapes: Any, shared: Any, treedef: Any) -> Any
         return [dict(zip(joint, each.values(), strict=True)) for each in found]
 
     return step
-
-
-def check_type(who: str, state: Any, expected: type) -> None:
-    """Raises a `TypeError` where the state is another transformation's."""
-    if not isinstance(state, expected):
-        raise TypeError(
-            f"{who}: expected a state of type {expected.__name__}, found one of type "
-            f"{type(state).__name__}: it was made by another transformation; call init of this one."
-        )

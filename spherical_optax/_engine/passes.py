@@ -17,7 +17,7 @@ from spherical_optax._engine.state import per_leaf
 from spherical_optax._engine.step import NOT_PER_LEAF
 from spherical_optax._engine.vector import Space, Vector
 from spherical_optax._numerics import wide
-from spherical_optax._xla import Request, compute_once, inner_products
+from spherical_optax._xla import Request, compute_once, inner_products, materialize
 from spherical_optax.groups import Joint, group_size
 
 VECTORS = (per_entry, per_entry_in_groups)  # the shapes of what is one to a step
@@ -30,6 +30,7 @@ def two_passes(
     shapes: list[Any],
     shared: list[Any],
     treedef: Any,
+    made_before: bool,
     updates: dict[int, jax.Array],
     params: dict[int, jax.Array],
     *fields: dict[int, jax.Array],
@@ -42,6 +43,7 @@ def two_passes(
       shapes: Of each part of the state, its `StateShape` or `NOT_PER_LEAF`.
       shared: Of each part that is not per leaf, its value.
       treedef: From the parts of the state to it.
+      made_before: Whether the updates are made in the same program.
       updates: The updates, by leaf number.
       params: The parameters.
       *fields: The parts of the state that are per leaf.
@@ -65,11 +67,15 @@ def two_passes(
 
     space, wanted = _asked(run, arrays, joint)
     order = list(dict.fromkeys(name for pair in wanted for name in pair))
+    if made_before and "update" in order:
+        arrays["update"] = {i: materialize(w) for i, w in updates.items()}
     pairs = [(order.index(i), order.index(j)) for i, j in wanted]
     request = Request([arrays[name] for name in order], pairs, joint)
     sums = inner_products(request) if pairs else []
     products = dict(zip(wanted, sums, strict=True))
     update, new = run(space(product=lambda *pair: products[pair]))
+    if any(new[place] is not given[place] for place in range(len(shapes)) if place not in own):
+        raise TypeError("a step changed what is not per leaf in a group; change it in prepare.")
 
     made: dict[Any, Any] = dict(arrays)
     for vector, parts in _coefficients([update, *(new[place] for place in names)]).items():

@@ -15,12 +15,17 @@ NOT_PER_LEAF: Any = object()
 
 OnGroup: TypeAlias = Callable[[Vector, Vector, Any], tuple[Vector, Any]]
 """From update, point and state of a group to its new update and state. A field of the state is a
-`Vector` if it has one value per entry, an array if one per group, and else as it is."""
+`Vector` if it has one value per entry, an array if one per group. All else is as `prepare` left it,
+and stays so.
+
+It is run twice, and has to ask for the same inner products both times: it branches with `jnp.where`
+and `Vector.where`. Vectors are added, subtracted, and multiplied by a number or by one per group,
+which stands on the right."""
 
 Prepare: TypeAlias = Callable[[Layout, Any], tuple[Any, OnGroup]]
-"""Does all that is not per group: ungrouped leaves, in `layout.updates`, and counters. It is given
-the state with lists, leaf by leaf, in place of trees, and returns the new one, and the function of
-one group."""
+"""Does all that is not per group: it counts, and changes `layout.updates[i]` for i in `layout.rest`
+in place. It is given the state with lists, leaf by leaf, in place of trees, and returns the new
+one, and the function of one group, which sees what was counted."""
 
 
 class Step(NamedTuple):
@@ -34,7 +39,7 @@ class Step(NamedTuple):
         parameters, and `NOT_PER_LEAF` for all else.
       prepare: See `Prepare`.
       skips_single_entries: Whether groups of one entry are leaves without a group to it.
-      needs_params: Whether it looks at the point.
+      needs_params: Whether it looks at the point. If not, another array of its shape may be there.
     """
 
     who: str
@@ -46,11 +51,11 @@ class Step(NamedTuple):
     needs_params: bool = True
 
 
-def stateless(who: str, groups: Groups, on_group: OnGroup, **options: Any) -> Step:
+def stateless(who: str, groups: Groups, on_group: OnGroup) -> Step:
     """A step without a state that leaves all other leaves alone."""
 
     def init(params: optax.Params) -> optax.EmptyState:
-        Layout.at_init(who, groups, params, **options)
+        Layout.at_init(who, groups, params)
         return optax.EmptyState()
 
     return Step(who, groups, init, optax.EmptyState(), groups_only(on_group))

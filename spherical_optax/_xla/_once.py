@@ -14,7 +14,7 @@ def materialize(x: jax.Array) -> jax.Array:
 
     Adam's direction would be made of its moments again for each sum: AdamP's step of the ResNet18
     tree moves 53.0 bytes a parameter on an H100, and 49.0 with this (JAX 0.10.2, `make
-    bench-compiled`). `tests/test_compiled.py` notices.
+    bench-compiled`). `tests/benchmarks/test_compiled.py` notices.
     """
     return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 

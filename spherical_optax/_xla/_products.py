@@ -16,6 +16,9 @@ from spherical_optax.sharding import laid_out, on_one_device
 __all__ = ["Request", "inner_products", "sums_together"]
 
 
+PLATFORMS: dict[str, Any] = {"cpu": _cpu, "cuda": _gpu}  # by JAX's names for them
+
+
 class Request(NamedTuple):
     """Inner products of the groups of a joint.
 
@@ -52,17 +55,14 @@ def inner_products(request: Request) -> list[jax.Array]:
 
 
 def _of_leaf(leaf: Leaf) -> list[jax.Array]:
-    platforms: dict[str, Any] = {}
-    if on_one_device():  # parts of an array over several devices may lie on more than one
-        platforms |= {"cpu": _cpu.in_parts} if _cpu.parts_pay(leaf) else {}
-        platforms |= {"cuda": _gpu.in_parts} if _gpu.parts_pay(leaf) else {}
-    if not platforms:
+    def by(sums: Any) -> Any:
+        return lambda *arrays: sums(leaf._replace(arrays=arrays))
+
+    # Parts of an array over several devices may lie on more than one.
+    platforms = PLATFORMS.items() if on_one_device() else ()
+    branches = {name: by(each.in_parts) for name, each in platforms if each.parts_pay(leaf)}
+    if not branches:
         return _plain(leaf)
-
-    def by(platform: Any) -> Any:
-        return lambda *arrays: platform(leaf._replace(arrays=arrays))
-
-    branches = {name: by(platform) for name, platform in platforms.items()}
     return lax.platform_dependent(*leaf.arrays, default=by(_plain), **branches)
 
 

@@ -11,8 +11,7 @@ from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._checks.trial import Trial, trials
 from spherical_optax._engine.foreign import foreign
-from spherical_optax._engine.layout import Layout, per_entry
-from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.layout import Layout, check_type, per_entry
 from spherical_optax._engine.state import pick
 from spherical_optax._numerics import accumulator, safe_divide, safe_sqrt, wide
 from spherical_optax.diagnostics._recorders import (

@@ -9,8 +9,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax._engine.layout import Layout
-from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.layout import Layout, check_type
 from spherical_optax._engine.state import per_leaf, pick, zeros_as
 from spherical_optax._numerics import safe_divide, wide
 from spherical_optax.groups import Groups, Joint, RadialGroup, joints_of

@@ -8,8 +8,8 @@ import optax
 
 from spherical_optax import geometry
 from spherical_optax._checks import check_number
-from spherical_optax._engine.layout import Layout, per_group
-from spherical_optax._engine.lift import check_type, lift
+from spherical_optax._engine.layout import Layout, check_type, per_group
+from spherical_optax._engine.lift import lift
 from spherical_optax._engine.state import pick, state_like, zero, zeros_per_group
 from spherical_optax._engine.step import NOT_PER_LEAF, Step, stateless
 from spherical_optax._engine.vector import Vector
@@ -128,6 +128,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
       Kosson et al., Rotational Equilibrium, ICML 2024.
     """
 
+    # No step: a mean is no inner product of a group's arrays, and changes the update alone.
     def init(params: optax.Params) -> optax.EmptyState:
         Layout.at_init("center_updates", groups, params)
         return optax.EmptyState()

@@ -10,8 +10,8 @@ import optax
 from spherical_optax import _trees
 from spherical_optax._checks import check_number, check_transformation
 from spherical_optax._engine.foreign import foreign
-from spherical_optax._engine.layout import Layout, no_params, per_entry
-from spherical_optax._engine.lift import check_type, lift_together
+from spherical_optax._engine.layout import Layout, check_type, no_params, per_entry
+from spherical_optax._engine.lift import lift_together
 from spherical_optax._engine.moments import Names, check_moments, check_names, find_moments
 from spherical_optax._engine.step import Step
 from spherical_optax._engine.vector import Vector

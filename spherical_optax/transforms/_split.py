@@ -9,8 +9,7 @@ from spherical_optax import geometry
 from spherical_optax._checks import check_transformation
 from spherical_optax._engine.chain import chain
 from spherical_optax._engine.foreign import foreign
-from spherical_optax._engine.layout import Layout, per_group
-from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.layout import Layout, check_type, per_group
 from spherical_optax._engine.state import per_leaf, pick
 from spherical_optax._numerics import safe_divide
 from spherical_optax.groups import Groups

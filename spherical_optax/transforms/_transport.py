@@ -9,8 +9,7 @@ import optax
 from spherical_optax import _trees, geometry
 from spherical_optax._checks import check_transformation
 from spherical_optax._engine.foreign import check_state, foreign
-from spherical_optax._engine.layout import Layout, aligned, per_group
-from spherical_optax._engine.lift import check_type
+from spherical_optax._engine.layout import Layout, aligned, check_type, per_group
 from spherical_optax._engine.moments import (
     FIRST_MOMENTS,
     SECOND_MOMENTS,

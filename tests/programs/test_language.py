@@ -18,7 +18,7 @@ import pytest
 import tyro
 from conftest import CACHED, QUICK
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 COMMON = ["--preset", "tiny", "--steps", "24", "--checkpoint-every", "4", "--log-every", "3"]
 COMMON += ["--batch", "8", "--learning-rate", "0.05"]
 

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import precision
 
 CONFIG = precision.Config(steps=300)

@@ -16,7 +16,7 @@ import pytest
 import spherical_optax as so
 from spherical_optax.groups import joints_of
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def blocks(name):

@@ -20,7 +20,7 @@ from flax import nnx
 
 from spherical_optax.groups import joints_of
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 

@@ -16,7 +16,7 @@ from trajectory import run
 
 import spherical_optax as so
 
-DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "recipes.md"
 LR, STEPS = 0.05, 4
 MLP = ("block/gate/kernel", "block/up/kernel", "block/down/kernel")
 NEURONS = dict.fromkeys((*MLP, "head/kernel"), (-1,))

@@ -10,7 +10,7 @@ import jax
 import pytest
 from conftest import CACHED, QUICK
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
 def run(program, *options, out, flags=QUICK):

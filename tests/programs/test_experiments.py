@@ -12,7 +12,7 @@ import pytest
 import tyro
 from test_paper import write_mnist
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 
 import spherical_optax as so
 
-WORKER = pathlib.Path(__file__).parent / "resume_worker.py"
+WORKER = pathlib.Path(__file__).parents[1] / "resume_worker.py"
 STEPS = 10
 
 

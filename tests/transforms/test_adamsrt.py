@@ -9,24 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compositions import PAIRS
 from layouts import CASES, tree_of
 from trajectory import run
 
 import spherical_optax as so
 from spherical_optax import geometry
-
-PAIRS = {
-    "scale_by_adamsrt": (
-        lambda groups: so.scale_by_adamsrt(0.8, 0.9, 1e-3, groups=groups),
-        lambda groups: so.transport_moments(
-            so.scale_by_adams(0.8, 0.9, 1e-3, groups=groups), groups
-        ),
-    ),
-    "transported_trace": (
-        lambda groups: so.transported_trace(0.8, groups=groups),
-        lambda groups: so.transport_moments(optax.trace(0.8), groups),
-    ),
-}
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -39,7 +39,7 @@ from examples.paper import (
 )
 from examples.paper.errors import DataError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
 import compiled
 import measure
 import targets
@@ -74,55 +74,67 @@ def resnet18(device):
     return describe
 
 
+# Bytes a parameter, kernels, and bytes of temporary memory a parameter.
 MOST = {
-    "optax.adam": 28.1,
-    "adams": 25,
-    "adamsrt": 34,
-    "sgdmrt": 34,
-    "adamg": 46,
-    "hyperball": 46,
-    "rotational_adamw": 46,
-    "adamp": 52,
+    "optax.adam": (28.1, 64, 0.1),
+    "adams": (25, 110, 0.1),
+    "adamsrt": (34, 130, 0.2),
+    "sgdmrt": (34, 130, 0.2),
+    "adamg": (34.5, 132, 0.2),
+    "hyperball": (45.5, 149, 1),
+    "rotational_adamw": (45.5, 150, 1),
+    "adamp": (52, 149, 1),
 }
 
 
 @pytest.mark.parametrize("name", MOST)
 def test_bytes_kernels_and_memory_of_a_step(resnet18, name):
     """Two passes over moment, gradient and parameter, and one that writes, are 32."""
-    found = resnet18(name)
-    assert found["bytes per parameter"] <= MOST[name]
-    assert found["kernels"] <= 2 * 64  # twice those of optax.adam
+    found, (moved, kernels, memory) = resnet18(name), MOST[name]
+    assert found["bytes per parameter"] <= moved
+    assert found["kernels"] <= kernels
     assert found["copies"] == 0
-    assert found["temporary bytes per parameter"] <= 0.05 * 4
+    assert found["temporary bytes per parameter"] <= memory
+
+
+@pytest.mark.parametrize(("name", "most"), [("adamsrt", 6), ("hyperball", 6), ("adamp", 8)])
+def test_kernels_where_a_group_is_a_matrix(device, name, most):
+    """All sums are in one kernel, their last parts in the one that computes with them."""
+    shapes = {f"layer{n}": (1024, 1024) for n in range(12)}
+    tx = measure.OPTIMIZERS[name](so.groups_by_path({".*": so.per_layer()}))
+    found = compiled.describe(tx, shapes, "float32", device)
+    assert found["kernels"] <= most * 12
+    assert found["bytes per parameter"] <= MOST[name][0]
 
 
 SHAPES = {
-    "a convolution": ((3, 3, 1024, 512), so.per_filter(), 46),
-    "rows": ((50304, 768), so.per_filter(axis=0), 42),
-    "a prime number of rows": ((1009, 512), so.per_filter(), 46),
-    "a large prime number of rows": ((50257, 512), so.per_filter(), 46),
-    "blocks": ((3, 3, 256, 512), so.per_channel_block(32), 46),
-    "one group": ((1024, 4096), so.per_layer(), 46),
+    "a convolution": ((3, 3, 1024, 512), so.per_filter()),
+    "rows": ((50304, 768), so.per_filter(axis=0)),
+    "a prime number of rows": ((1009, 512), so.per_filter()),
+    "a large prime number of rows": ((50257, 512), so.per_filter()),
+    "blocks": ((3, 3, 256, 512), so.per_channel_block(32)),
+    "one group": ((1024, 4096), so.per_layer()),
 }
 
 
 @pytest.mark.parametrize("name", ["adamsrt", "adamg", "hyperball"])
 @pytest.mark.parametrize("case", SHAPES)
 def test_a_step_of_one_leaf(device, name, case):
-    """Few kernels, whatever the number of rows; a direction is stored where it is prime."""
-    shape, group, most = SHAPES[case]
+    """Few kernels, whatever the number of rows; a direction is stored."""
+    shape, group = SHAPES[case]
     tx = measure.OPTIMIZERS[name](so.groups_by_path({".*": group}))
     found = compiled.describe(tx, {"w": shape}, "float32", device)
-    of_a_direction, of_groups = name == "hyperball", case in ("blocks", "one group")
-    stored = of_a_direction and "prime" in case
-    assert found["bytes per parameter"] <= most
-    assert found["kernels"] <= 4 + 2 * of_a_direction + ("large" in case) + 7 * of_groups
-    assert found["temporary bytes per parameter"] <= 1 + 4 * stored
+    assert found["bytes per parameter"] <= (46 if name == "hyperball" else 42)
+    assert found["kernels"] <= (10 if name == "hyperball" else 8)
+    assert found["temporary bytes per parameter"] <= (5 if name == "hyperball" else 1)
 
 
 @pytest.mark.parametrize("name", MOST)
 def test_temporary_memory_beside_gradients(device, name):
-    """A direction that is stored takes the place of its gradient, which the program has made."""
+    """A direction that is stored takes the place of its gradient, which the program has made.
+
+    AdamP needs both of a layer at once, which is an eighth of this network.
+    """
     shapes = {f"layer{i}": (2304, 256) for i in range(8)}
     where = jax.sharding.SingleDeviceSharding(device)
 
@@ -146,13 +158,14 @@ def test_temporary_memory_beside_gradients(device, name):
         return traced.compile().memory_analysis().temp_size_in_bytes
 
     of_all = 4 * trees.count(shapes)
-    assert temporary(name) <= temporary("optax.adam") + 0.05 * of_all
+    allowed = 0.15 if name == "adamp" else 0.05
+    assert temporary(name) <= temporary("optax.adam") + allowed * of_all
 
 
 def test_a_sharded_step_communicates_the_sums(device, tmp_path):
     """In a process of its own, which sees several devices as on a cluster."""
     del device
-    program = pathlib.Path(__file__).parent.parent / "benchmarks" / "sharded.py"
+    program = pathlib.Path(__file__).parents[2] / "benchmarks" / "sharded.py"
     size = ["--layers", "2", "--width", "1024", "--tokens", "256"]
     target = ["--target", "256 h100", "--out", str(tmp_path)]
     subprocess.run([sys.executable, program, *size, *target], check=True, timeout=240)

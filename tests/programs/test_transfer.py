@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tyro
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
