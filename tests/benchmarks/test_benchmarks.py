@@ -33,10 +33,30 @@ def test_step(tmp_path):
     assert [adam["optimizer"], fused["optimizer"], composed["optimizer"]] == names
     assert adam["to adam"]["median"] == 1
     assert fused["copies of 16384 entries and more"] == 0
-    bound = 0.05 if jax.__version_info__ >= (0, 10, 2) else 0.1  # older XLA allocates more
+    bound = 0.1 if jax.__version_info__ >= (0, 10, 2) else 0.2  # older XLA allocates more
     assert fused["temporary bytes per parameter"] <= bound * 4
     assert composed["copies of 16384 entries and more"] > 0
     assert f"{fused['to adam']['median']:.2f}" in printed
+
+
+@pytest.mark.slow
+def test_train(tmp_path):
+    size = ["--width", "256", "--depth", "3", "--rounds", "3", "--optimizer", "adamsrt", "adamp"]
+    command = ["--network", "columns", "unrolled", *size]
+    results, printed = run("train.py", *command, out=tmp_path)
+    [(version, networks)] = results.items()
+    assert version == jax.__version__
+    added = {row["optimizer"]: row for row in networks["columns"]}
+    assert list(added) == ["sgd", "optax.adam", "adamsrt", "adamp"]
+    assert added["sgd"]["added"]["median"] == 0
+    assert added["optax.adam"]["added"]["median"] == pytest.approx(1)
+    assert all(0 < row["memory"] < 1.2 for row in added.values())
+    # Tracing does not grow with layers that are alike as Adam's does.
+    assert {row["optimizer"]: row["trace to adam"] for row in networks["unrolled"]}["adamsrt"] < 8
+    run("train.py", "--network", "layers", *size, out=tmp_path)
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert list(report["results"][version]) == ["columns", "unrolled", "layers"]
+    assert f"JAX {version}, columns" in printed
 
 
 @pytest.mark.slow

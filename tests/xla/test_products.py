@@ -35,6 +35,11 @@ def leaf_of(shape, group, pairs=PAIRS):
     return Leaf([x, y], pairs, group, "float64")
 
 
+@pytest.fixture(autouse=True)
+def _small_is_large(monkeypatch):
+    monkeypatch.setattr(_cpu, "CPU_FEW", 1 << 16)
+
+
 @pytest.mark.parametrize("case", LARGE)
 def test_equal_to_the_geometry(case, x64):
     shape, group, on_cpu, on_gpu = LARGE[case]
