@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _trees
-from spherical_optax.groups import (
-    Groups,
-    Joint,
-    RadialGroup,
-    group_size,
-    joints_at_init,
-    joints_of,
-)
+from spherical_optax.groups import Groups, Joint, RadialGroup, group_size, joints_at_init, joints_of
 from spherical_optax.sharding import check_whole
 
 OTHER_STATE = (

@@ -15,12 +15,7 @@ from spherical_optax._engine.layout import Layout, per_entry
 from spherical_optax._engine.lift import check_type
 from spherical_optax._engine.state import pick
 from spherical_optax._numerics import accumulator, safe_divide, safe_sqrt, wide
-from spherical_optax.diagnostics._recorders import (
-    as_records,
-    blank_records,
-    check_records,
-    nested,
-)
+from spherical_optax.diagnostics._recorders import as_records, blank_records, check_records, nested
 from spherical_optax.groups import Groups, Joint, RadialGroup, group_size
 from spherical_optax.transforms import (
     ScaleByAdamgState,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_adam, check_number
 from spherical_optax._engine.layout import Layout, per_entry, per_group_or_entry
 from spherical_optax._engine.lift import lift
 from spherical_optax._engine.state import state_like, zeros_per_group
@@ -115,9 +115,7 @@ def scale_by_adamsrt(
       Roburin et al., Spherical perspective on learning with normalization layers,
       Neurocomputing 2022 (AdamSRT).
     """
-    check_number("scale_by_adamsrt", "b1", b1, below=1)
-    check_number("scale_by_adamsrt", "b2", b2, below=1)
-    check_number("scale_by_adamsrt", "eps", eps)
+    check_adam("scale_by_adamsrt", b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamsrtState:
