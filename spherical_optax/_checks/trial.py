@@ -34,12 +34,8 @@ def trials(
     One that fails, as the transformation needs other arguments, is left out. The loss is linear
     in the parameters, with the gradients of the step.
 
-    Args:
-      tx: The transformation.
-      params: The parameters; only paths, shapes and dtypes are read.
-      joints: Their joints.
-      steps: Steps of a run.
-      same: Whether every step has the same gradients.
+    Of the parameters only paths, shapes and dtypes are read. With `same`, every step has the same
+    gradients.
 
     Raises:
       Exception: That of the last run, if all fail.

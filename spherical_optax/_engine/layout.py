@@ -188,21 +188,14 @@ def aligned(
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of a tree in the order of the parameters, and the way back to such a tree.
 
-    Args:
-      who: The transform.
-      params: The parameters.
-      tree: A tree with the same paths.
-      state: The shapes that its leaves should have, if it is part of the state; updates have
-        those of the parameters.
+    If the tree is part of the state, `state` has the shapes that its leaves should have; updates
+    have those of the parameters.
 
     Raises:
       ValueError: If paths or shapes differ.
     """
     (x, like), (leaves, treedef) = _trees.flatten(params), _trees.flatten(tree)
-    what, remedy = "updates", ""
-    if state is not None:
-        what = "state"
-        remedy = OTHER_STATE
+    what, remedy = ("updates", "") if state is None else ("state", OTHER_STATE)
     order = list(range(len(leaves)))
     if treedef != like:
         keys, found = ([leaf.keys for leaf in _trees.visible_leaves(t)] for t in (params, tree))

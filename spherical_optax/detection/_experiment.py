@@ -260,10 +260,8 @@ class Experiment:
     def change(self, number: int, joints: Iterable[Joint], leaves: Iterable[int] = ()) -> float:
         """How much the outputs at a point change where groups are scaled by random factors.
 
-        Args:
-          number: The point's.
-          joints: Those whose groups are scaled, by powers of two, which round nothing.
-          leaves: Those whose entries are scaled, each entry by a factor of its own.
+        The groups of joints are scaled by powers of two, which round nothing; of the leaves each
+        entry by a factor of its own.
         """
         rng = np.random.default_rng(number)
         point = dict(zip(self.floating, self.points[number].draw(), strict=True))

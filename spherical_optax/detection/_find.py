@@ -122,9 +122,7 @@ def find_radial_groups(
         groups=groups,
         findings=tuple(
             Finding(
-                leaf.path,
-                tuple(result.tried.get(i, ())),
-                result.verdicts.get(i, "not floating"),
+                leaf.path, tuple(result.tried.get(i, ())), result.verdicts.get(i, "not floating")
             )
             for i, leaf in enumerate(experiment.leaves)
         ),
@@ -206,20 +204,12 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
 
 
 def _fault(
-    experiment: Experiment,
-    result: Result,
-    joint: Joint,
-    better: Joint | None,
-    change: float | None,
+    experiment: Experiment, result: Result, joint: Joint, better: Joint | None, change: float | None
 ) -> tuple[str | None, str | None]:
-    """What is wrong with the groups of a joint, and the usual causes; `None` where nothing is.
+    """What is wrong with a joint of the user's, and the usual causes; `None` where nothing is.
 
-    Args:
-      experiment: The experiment.
-      result: What the search found.
-      joint: The leaves, with the groups that the user gave them.
-      better: The joint that was found for its first leaf, if one was.
-      change: How much scaling these groups changes the outputs, if it does.
+    For its first leaf the joint `better` was found, if one was; scaling its groups changes the
+    outputs by `change`, if it does.
     """
     first = next(iter(joint.values()))
     values = [leaf.value for leaf in experiment.leaves]

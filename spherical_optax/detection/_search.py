@@ -159,11 +159,7 @@ def _name(experiment: Experiment, j: int, module: Module) -> str:
 
 
 def _cancelling(
-    experiment: Experiment,
-    i: int,
-    near: list[int],
-    kernels: set[int],
-    modules: dict[int, Module],
+    experiment: Experiment, i: int, near: list[int], kernels: set[int], modules: dict[int, Module]
 ) -> Iterator[tuple[int, ...]]:
     """Smallest sets of leaves whose p sum to zero together with those of leaf i.
 
@@ -209,10 +205,7 @@ def _added(experiment: Experiment, i: int, j: int) -> bool:
 
 
 def _finest(
-    experiment: Experiment,
-    numbers: tuple[int, ...],
-    tried: list[tuple[str, float]],
-    suffix: str,
+    experiment: Experiment, numbers: tuple[int, ...], tried: list[tuple[str, float]], suffix: str
 ) -> Joint | None:
     """The finest invariant partition, looked for from coarse to fine; `None` if none is.
 

@@ -95,8 +95,7 @@ def effective_learning_rate(
       0.1 [0. 2.] 0.19739556
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+      Roburin et al., Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
     """
     r = geometry.norm(x, group)
     if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one for all leaves
@@ -190,8 +189,7 @@ def record_effective_learning_rate(
       0.1
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+      Roburin et al., Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
     """
     check_transformation("record_effective_learning_rate", tx, "tx")
     for name, value in (("b1", b1), ("b2", b2)):

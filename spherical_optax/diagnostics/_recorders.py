@@ -81,8 +81,7 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> groups = so.groups_by_path({"kernel": so.per_filter()})
       >>> tx = optax.chain(optax.sgd(1.0), so.record_sphere(groups))
@@ -93,8 +92,7 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
       [0.7853982 0.7853982] 2.828427
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
 
     def measure(v: Any, x: Any, joint: Joint) -> jax.Array:
@@ -127,8 +125,7 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = optax.chain(so.record_gradient(so.per_layer()), optax.sgd(1.0))
       >>> params = jnp.array([1., 0.])
@@ -137,8 +134,7 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
       0.6
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
 
     def measure(g: Any, x: Any, joint: Joint) -> jax.Array:
@@ -182,8 +178,7 @@ def sphere_metrics(
       Array([0.7853982], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
     leaves, others = _trees.visible_leaves(params_before), _trees.visible_leaves(params_after)
     if [leaf.keys for leaf in leaves] != [leaf.keys for leaf in others]:
@@ -239,10 +234,7 @@ def _recorder(
         return state_type(blank_records(layout, params, metrics))
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         check_type(who, state, state_type)

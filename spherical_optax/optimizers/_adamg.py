@@ -74,10 +74,7 @@ def adamg(
 
 
 def adamg_star(
-    learning_rate: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    *,
-    groups: Groups,
+    learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike = 0.0, *, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
     """AdamG*: traces the directions of SGD with L2, on the unit sphere.
 
@@ -101,8 +98,7 @@ def adamg_star(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp

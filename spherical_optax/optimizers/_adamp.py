@@ -77,15 +77,7 @@ def adamp(
     else:
         adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     return chain(
-        project_if_tangent_as(
-            "adamp",
-            adam,
-            groups,
-            delta=delta,
-            weight_decay=weight_decay,
-            mask=mask,
-            wd_ratio=wd_ratio,
-        ),
+        project_if_tangent_as("adamp", adam, groups, delta, weight_decay, mask, wd_ratio),
         learning_rates("adamp", learning_rate, other_learning_rate, groups),
         who="adamp",
     )
@@ -173,18 +165,11 @@ def sgdp(
     """
     check_number("sgdp", "momentum", momentum, below=1)
     check_number("sgdp", "dampening", dampening, below=1)
+    trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
+    decay, moments = weight_decay / (1 - momentum), () if nesterov else ("trace",)
     return chain(
         optax.scale(1 - dampening) if decays(dampening) else optax.identity(),
-        project_if_tangent_as(
-            "sgdp",
-            optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
-            groups,
-            delta=delta,
-            weight_decay=weight_decay / (1 - momentum),
-            mask=mask,
-            wd_ratio=wd_ratio,
-            first_moments=() if nesterov else ("trace",),
-        ),
+        project_if_tangent_as("sgdp", trace, groups, delta, decay, mask, wd_ratio, moments),
         learning_rates("sgdp", learning_rate, other_learning_rate, groups),
         who="sgdp",
     )

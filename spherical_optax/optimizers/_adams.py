@@ -121,8 +121,7 @@ def adamsrt(
       Array([-0.1131, 0.0849], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
     check_adam("adamsrt", b1, b2, eps)
     return chain(
@@ -182,8 +181,7 @@ def adamsw(
       Array([-0.15, -0.2 ], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (AdamS); Loshchilov and Hutter, Decoupled weight decay
+      Roburin et al., Neurocomputing 2022 (AdamS); Loshchilov and Hutter, Decoupled weight decay
       regularization, ICLR 2019.
     """
     check_adam("adamsw", b1, b2, eps)

@@ -216,10 +216,7 @@ def muonh(
 
     if bias_correction:
         muon = contrib.scale_by_muon(
-            ns_steps=ns_steps,
-            beta=momentum,
-            mu_dtype=mu_dtype,
-            weight_dimension_numbers=dimensions,
+            ns_steps=ns_steps, beta=momentum, mu_dtype=mu_dtype, weight_dimension_numbers=dimensions
         )
     else:
         muon = optax.chain(

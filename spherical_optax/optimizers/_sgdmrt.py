@@ -56,8 +56,7 @@ def sgdmrt(
       Array([-0.8, 0.6], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
     check_number("sgdmrt", "momentum", momentum, below=1)
     check_number("sgdmrt", "dampening", dampening, below=1)

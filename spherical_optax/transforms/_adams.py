@@ -64,8 +64,7 @@ def scale_by_adams(
       A transformation with state `ScaleByAdamsState`.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,8 +76,7 @@ def scale_by_adams(
       [0.84852815 1.1313709 ] ()
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (AdamS).
+      Roburin et al., Neurocomputing 2022 (AdamS).
     """
     check_adam("scale_by_adams", b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
@@ -116,14 +114,8 @@ def group_moment(
     v = b2 v + (1 - b2) radius^2 |g|^2        (1 - b1^t) (sqrt(vhat) / radius + eps)
     ```
 
-    Args:
-      square: |g|^2, one value per group.
-      state: With the fields `count`, of this step, and `nu`.
-      b1: Decay rate of the first moment.
-      b2: Decay rate of the second moment.
-      eps: Added to the root.
-      radius: A number or one value per group.
-      scale: The same, with 1 for a radius of 0.
+    with |g|^2 in `square`, t, of this step, and v in the state, and the radius in `scale` too,
+    with 1 in place of 0.
     """
     nu = state.nu
     first, second = (bias_correction(b, state.count, nu) for b in (b1, b2))

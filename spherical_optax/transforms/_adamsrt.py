@@ -99,8 +99,7 @@ def scale_by_adamsrt(
       A transformation with state `ScaleByAdamsrtState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,8 +111,7 @@ def scale_by_adamsrt(
       [0.      1.41421] [0.  0.8]
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (AdamSRT).
+      Roburin et al., Neurocomputing 2022 (AdamSRT).
     """
     check_adam("scale_by_adamsrt", b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
@@ -173,8 +171,7 @@ def transported_trace(
       A transformation with state `TransportedTraceState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If decay is out of range; at `init`, if `groups` does not fit
-        the parameters.
+      TypeError, ValueError: If decay is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -20,10 +20,7 @@ Rates: TypeAlias = optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule]
 
 
 def scale_by_learning_rates(
-    learning_rate: Rates,
-    *,
-    groups: Groups,
-    other: optax.GradientTransformation | None = None,
+    learning_rate: Rates, *, groups: Groups, other: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales by minus the learning rate, which may be another one for leaves without a group.
 

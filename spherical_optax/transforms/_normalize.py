@@ -30,9 +30,7 @@ class NormalizeUpdatesState(NamedTuple):
 
 
 def normalize_updates(
-    groups: Groups,
-    decay: jax.typing.ArrayLike | None = None,
-    eps: jax.typing.ArrayLike = 0.0,
+    groups: Groups, decay: jax.typing.ArrayLike | None = None, eps: jax.typing.ArrayLike = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each group's update to the length of its weights.
 
@@ -58,8 +56,7 @@ def normalize_updates(
       needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -35,9 +35,7 @@ class SplitRadialState(NamedTuple):
 
 
 def split_radial(
-    tangent: optax.GradientTransformation,
-    radial: optax.GradientTransformation,
-    groups: Groups,
+    tangent: optax.GradientTransformation, radial: optax.GradientTransformation, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
     """Optimizes the direction and the length of each group apart; put it last in a chain.
 

@@ -90,8 +90,7 @@ def transport_moments(
         inner carries it already; or if `groups` does not fit.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = so.transport_moments(optax.trace(decay=0.9), groups=so.per_layer())
       >>> params = jnp.array([1., 0.])
