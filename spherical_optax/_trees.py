@@ -99,11 +99,9 @@ def by_prefix(
 ) -> Iterator[tuple[Leaf, Any]]:
     """Each leaf with the entry that stands for it: that of the leaf itself, or of a node above.
 
-    A leaf that is absent has `None` where no entry stands for it. Errors begin with what is
-    expected of the prefix, and end with the remedy.
-
-    Raises:
-      ValueError: If a leaf has no entry; after the last leaf, if an entry has no leaf.
+    A leaf that is absent has `None` where no entry stands for it. It raises if another leaf has
+    none, and after the last leaf if an entry has no leaf: errors begin with what is expected of
+    the prefix, and end with the remedy.
     """
     used = set()
     for leaf in leaves:

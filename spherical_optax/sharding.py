@@ -65,13 +65,9 @@ def varying(x: jax.Array) -> frozenset[str]:
 
 
 def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
-    """Checks that a device has the whole of some leaves, by number, whose sums are taken.
+    """Raises if `jax.shard_map` has cut one of some leaves, by number, whose sums are taken.
 
-    Raises:
-      ValueError: If `jax.shard_map` has cut one of them.
-
-    Warns:
-      UserWarning: If `jax.shard_map` does not keep track of what it has cut.
+    It warns where `jax.shard_map` does not keep track of what it has cut.
     """
     axes, numbers = manual_axes(), list(numbers)
     if not axes or not numbers:

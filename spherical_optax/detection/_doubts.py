@@ -53,8 +53,7 @@ def doubts(
         limits = experiment.thresholds
         lines.append(
             f"expected deviations up to {limits.invariant:.0e} or from {limits.varying:.0e} on, "
-            f"found ones between for {unclear}; they get no group. A larger batch may "
-            f"decide.{half}"
+            f"found ones between for {unclear}; they get no group. A larger batch may decide.{half}"
         )
     if dropped:
         moved = [f"{path[i]} ({change:.0e})" for i, change in dropped.items()]

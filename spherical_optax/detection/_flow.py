@@ -111,7 +111,7 @@ def _flow(
         operands = list(map(value_of, eqn.invars))
         everything = rule(eqn.primitive.name, operands)
         outputs = [everything] * len(eqn.outvars)
-        for inner in _inner_programs(eqn):
+        for inner in programs(eqn.params.values()):
             if len(inner.invars) != len(operands):
                 continue
             if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
@@ -135,9 +135,12 @@ def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
     return range(last - unsliced(eqn.outvars, inner.outvars), last)
 
 
-def _inner_programs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    for value in eqn.params.values():
+def programs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
+    """The programs among an operation's parameters."""
+    for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr
         elif isinstance(value, core.Jaxpr):
             yield value
+        elif isinstance(value, tuple | list):
+            yield from programs(value)

@@ -27,8 +27,7 @@ class RadialGroup:
 
     Raises:
       TypeError: If an argument has the wrong type.
-      ValueError: If an axis is repeated, or `num_blocks` is below one or has no
-        axis to split.
+      ValueError: If an axis is repeated, or `num_blocks` is below one or has no axis to split.
 
     Examples:
       >>> from spherical_optax import RadialGroup

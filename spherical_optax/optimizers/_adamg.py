@@ -90,9 +90,8 @@ def adamg_star(
     Args:
       learning_rate: That of the SGD, a number.
       weight_decay: Its L2 factor, a number.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD
-        with L2, at the same rate, which is part of the equivalence; `optax.partition` gives
-        them another.
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD with L2, at
+        the same rate, which is part of the equivalence; `optax.partition` gives them another.
 
     Returns:
       The optimizer; `update` needs params.

@@ -34,8 +34,7 @@ def adams(
 
     There is no `nesterov`, as no such form is published: for one, put `transport_moments` of
     `optax.scale_by_adam(nesterov=True)` (or, for `sgdmrt`, of `optax.trace`) before the learning
-    rate. There is no `eps_root`, which is for gradients through the root at zero: in groups they
-    pass.
+    rate. There is no `eps_root`: gradients through the root at zero, which it is for, pass.
 
     Args:
       learning_rate: A number or a schedule.

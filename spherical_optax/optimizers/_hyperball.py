@@ -54,10 +54,9 @@ def hyperball(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If inner is no transformation or a number is out of range; at
-        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
-        entry or is known to have norm zero, inner's updates point against the gradients, or
-        other is missing.
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at `init`,
+        if `groups` does not fit the parameters, no leaf has a group, a group has one entry or is
+        known to have norm zero, inner's updates point against the gradients, or other is missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -229,11 +228,7 @@ def muonh(
 
 
 def _matrices(groups: Groups, tree: Any) -> Any:
-    """Muon's axes for each leaf with a group.
-
-    Raises:
-      ValueError: If a leaf with a group has no matrix.
-    """
+    """Muon's axes for each leaf with a group; raises a `ValueError` where there is no matrix."""
     leaves, treedef = _trees.visible_leaves(tree), _trees.flatten(tree)[1]
     axes: list[Any] = [None if leaf.value is None else False for leaf in leaves]
     for joint in joints_of(groups, tree):

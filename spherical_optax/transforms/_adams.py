@@ -47,9 +47,8 @@ def scale_by_adams(
     sqrt(d) mhat / (sqrt(vhat) + eps)
     ```
 
-    with d the entries per group and hats for Adam's bias corrections. A common scale
-    per group keeps the gradient's direction, which Adam deforms. Leaves without a
-    group get `optax.scale_by_adam`.
+    with d the entries per group and hats for Adam's bias corrections. One scale per group keeps the
+    gradient's direction, which Adam deforms. Leaves without a group get `optax.scale_by_adam`.
 
     Args:
       b1: Decay rate of the first moment, in [0, 1).

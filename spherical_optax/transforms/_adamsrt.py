@@ -54,8 +54,7 @@ class TransportedTraceState(NamedTuple):
 def carry(m: Vector, g: Vector, x: Vector, decay: Any) -> tuple[Vector, Any]:
     """Transports a moment to x, and adds a gradient: decay T(m) + g.
 
-    Returns:
-      The moment without its radial part, and the coefficient of x in this part, one per group.
+    The result comes without its radial part, and with the coefficients of x in this part.
     """
     square = x.square()
     tangent = m - x * safe_divide(m.inner(x), square)
@@ -156,9 +155,8 @@ def transported_trace(
     ```
 
     with T the transport from the last point to x, as in `transport_moments`. The updates are
-    those of `transport_moments(optax.trace(decay), groups)`, with fewer passes over memory.
-    The state holds the momentum of the gradient on the unit sphere, r g, without its radial
-    part.
+    those of `transport_moments(optax.trace(decay), groups)`, with fewer passes over memory. The
+    state holds the momentum of the gradient on the unit sphere, r g, without its radial part.
 
     Leaves without a group, and groups of one entry, get `optax.trace`.
 

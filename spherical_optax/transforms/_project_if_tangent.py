@@ -219,9 +219,8 @@ def _check_layers(who: str, joints: list[Joint], params: Any) -> None:
         }
         if len(set(counts.values())) > 1:
             raise ValueError(
-                f"{who}: joint label {next(iter(joint.values())).joint!r}: expected "
-                f"as many layers on all its leaves, found {counts}; all index axes but the last "
-                "index the layers."
+                f"{who}: joint label {next(iter(joint.values())).joint!r}: expected as many layers "
+                f"on all its leaves, found {counts}; all index axes but the last index the layers."
             )
 
 
