@@ -1,15 +1,14 @@
 """The experiment: random functions of the outputs, and their gradients at several points.
 
-With g the gradient at a point x and p = g x, entry by entry, a group is invariant where
-its p sum to zero. How far they are from it does not depend on how much a group matters:
+With g the gradient at a point x and p = g x, entry by entry, a group is invariant where its p sum
+to zero. How far they are from it does not depend on how much a group matters:
 
     deviation = |sums of p over the groups| / |p|
 
-is of order 1 where entries have no reason to cancel, and rounding where they must. One
-point does not tell: where a layer's output is added to one that is far larger or smaller,
-it seems invariant. So there are several: near the parameters given, at random ones whose
-signals are of size one, and at both with what seems invariant made larger, or smaller:
-where it is invariant, nothing changes; where it only seemed so, it does not seem so any more.
+is of order 1 where entries have no reason to cancel, and rounding where they must. One point does
+not tell: where a layer's output is added to one that is far larger or smaller, it seems invariant.
+So there are several: near the parameters given, at random ones whose signals are of size one, and
+at both with what seems invariant made larger, or smaller: what only seemed so does not stay so.
 """
 
 import functools

@@ -194,11 +194,8 @@ def _cancelling(
 def _added(experiment: Experiment, i: int, j: int) -> bool:
     """Whether what depends on one leaf is added to what depends on the other, and not on both."""
     a, b = (1 << experiment.floating.index(leaf) for leaf in (i, j))
-    return any(
-        (left & a and right & b and not (left & b or right & a))
-        or (left & b and right & a and not (left & a or right & b))
-        for left, right in experiment.sums
-    )
+    sides = ({side & (a | b) for side in pair} for pair in experiment.sums)
+    return any(each == {a, b} for each in sides)
 
 
 # --- the finest partition ---------------------------------------------------------------

@@ -63,13 +63,10 @@ def effective_learning_rate(
     ```
 
     with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS; their
-    states hold the moments of r g, and only the tangent part of the first: m is trace / r + (1 -
-    dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2. Decoupled decay w is a
-    step without it at learning_rate / (1 - learning_rate w). For SGD with L2 factor w
-
-    ```
-    lr_eff = learning_rate / (r^2 (1 - learning_rate w))
-    ```
+    states hold the moments of r g, and only the tangent part of the first: m is
+    trace / r + (1 - dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2.
+    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w); SGD with L2
+    factor w has lr_eff = learning_rate / (r^2 (1 - learning_rate w)).
 
     Args:
       x: The parameters, an array, or a pytree of arrays for joint groups.

@@ -98,9 +98,8 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
     def measure(v: Any, x: Any, joint: Joint) -> jax.Array:
         return jnp.stack(_measure({i: wide(v[i]) for i in joint}, x, joint))
 
-    return _recorder(
-        "record_sphere", groups, measure, (len(SphereMetrics._fields),), RecordSphereState
-    )
+    rows = (len(SphereMetrics._fields),)
+    return _recorder("record_sphere", groups, measure, rows, RecordSphereState)
 
 
 def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -165,8 +164,7 @@ def sphere_metrics(
       parameters, float64. The leaves of a joint group all get the whole group's values.
 
     Raises:
-      TypeError: If `groups` does not fit the parameters.
-      ValueError: If `groups` does not fit, or the snapshots do not fit each other.
+      TypeError, ValueError: If `groups` does not fit, or the snapshots do not fit each other.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -211,13 +209,7 @@ def _measure(step: Any, x: Any, joint: Joint) -> SphereMetrics:
     after = jnp.hypot(r + radial, tangential)
     degenerate = (r == 0) | (after == 0)
     angle = jnp.arctan2(tangential, jnp.where(degenerate, 1, r + radial))
-    return SphereMetrics(
-        radius_before=r,
-        radius_after=after,
-        step_angle=jnp.where(degenerate, 0, angle),
-        step_radial=radial,
-        step_tangential=tangential,
-    )
+    return SphereMetrics(r, after, jnp.where(degenerate, 0, angle), radial, tangential)
 
 
 def _recorder(

@@ -29,10 +29,8 @@ class ScaleByAdamsrtState(NamedTuple):
 
     Attributes:
       count: Number of updates so far.
-      mu: First moments of |x| g without their radial part, like the parameters; of g for a
-        leaf with no group.
-      nu: Second moments of |x| g, one per group; of g, like the parameter, for a leaf with
-        no group.
+      mu: First moments of |x| g without their radial part; of g for a leaf with no group.
+      nu: Second moments of |x| g, one per group; of g, one per entry, for a leaf with no group.
     """
 
     count: jax.Array  # type: ignore[assignment]

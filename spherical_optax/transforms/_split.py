@@ -23,8 +23,7 @@ class SplitRadialState(NamedTuple):
     """State of `split_radial`.
 
     Attributes:
-      lengths: The length of each group, a tree like the parameters with 0 for leaves without a
-        group.
+      lengths: The length of each group; 0 for leaves without a group.
       tangent_state: The state of the transformation of directions.
       radial_state: That of lengths.
     """
