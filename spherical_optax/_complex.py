@@ -24,10 +24,7 @@ def is_complex(tree: Any) -> bool:
 
 def split(tree: Any) -> Any:
     """The tree with complex leaves as pairs of real ones."""
-    return jax.tree.map(
-        lambda leaf: Pair(*_parts(leaf)) if _is_complex(leaf) else leaf,
-        tree,
-    )
+    return jax.tree.map(lambda leaf: Pair(*_parts(leaf)) if _is_complex(leaf) else leaf, tree)
 
 
 def merged(tree: Any) -> Any:

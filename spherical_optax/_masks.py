@@ -15,12 +15,7 @@ paths and shapes only; or `None` for all leaves."""
 
 
 def in_mask(who: str, mask: Mask, tree: Any) -> list[bool]:
-    """Whether each leaf is in the mask, leaves as `_trees.flatten` counts them.
-
-    Raises:
-      TypeError: If an entry of the mask is no boolean.
-      ValueError: If the mask is no prefix of the tree.
-    """
+    """Whether each leaf, as `_trees.flatten` counts, is in the mask; raises if it does not fit."""
     leaves = _trees.leaves_with_paths(tree)
     if mask is None or not leaves:  # optax.tree_map_params calls init with a leafless placeholder
         return [True for leaf in leaves if not leaf.hidden]

@@ -99,17 +99,9 @@ def by_prefix(
 ) -> Iterator[tuple[Leaf, Any]]:
     """Each leaf with the entry that stands for it: that of the leaf itself, or of a node above.
 
-    Args:
-      entries: The entries of a pytree prefix of the parameters, by their keys.
-      leaves: The leaves of the parameters.
-      expected: What the prefix is, as an error begins.
-      remedy: What to do where a leaf has no entry, as that error ends.
-
-    Yields:
-      A leaf that is absent has `None` where no entry stands for it.
-
-    Raises:
-      ValueError: If a leaf has no entry; after the last leaf, if an entry has no leaf.
+    A leaf that is absent has `None` where no entry stands for it. It raises if another leaf has
+    none, and after the last leaf if an entry has no leaf: errors begin with what is expected of
+    the prefix, and end with the remedy.
     """
     used = set()
     for leaf in leaves:

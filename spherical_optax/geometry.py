@@ -3,14 +3,13 @@
 It is the accurate form: differences are taken before norms. The transforms work with sums of
 products instead, which is one pass over memory, and a threshold for what is lost in them.
 
-Write r = |x| and u = x / r for one group. Every function takes arrays and a
-`RadialGroup`; for a joint group it takes a pytree of arrays and a pytree of
-`RadialGroup` of the same structure, and adds the arrays' dot products before it
-divides by anything. Per-group results have the shape `group.shape(x.shape)`. Sums
-accumulate in float32 at least. Groups of norm zero have no direction: what is
-undefined there is left as it was, and gradients stay finite. In float32, as with float32
-and bfloat16 arrays, sums above 3e38 overflow (lengths above 1.8e19), and sums and ratios
-below 1e-38 are lost (a group shorter than about 1e-19 has norm zero).
+Write r = |x| and u = x / r for one group. Every function takes arrays and a `RadialGroup`; for a
+joint group it takes a pytree of arrays and a pytree of `RadialGroup` of the same structure, and
+adds the arrays' dot products before it divides by anything. Per-group results have the shape
+`group.shape(x.shape)`. Sums accumulate in float32 at least. Groups of norm zero have no direction:
+what is undefined there is left as it was, and gradients stay finite. In float32, as with float32
+and bfloat16 arrays, sums above 3e38 overflow (lengths above 1.8e19), and sums and ratios below
+1e-38 are lost (a group shorter than about 1e-19 has norm zero).
 """
 
 import functools

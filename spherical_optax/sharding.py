@@ -26,10 +26,7 @@ def index_sharding(
 ) -> NamedSharding:
     """The sharding of x on some of its axes, for an array of these axes.
 
-    Args:
-      x: An array.
-      axes: The axes.
-      split_last: Whether the last of them is split into blocks, which are not sharded.
+    With `split_last` the last of them is split into blocks, which are not sharded.
     """
     sharding = jax.typeof(x).sharding
     spec = [sharding.spec[axis] for axis in axes]
@@ -68,18 +65,9 @@ def varying(x: jax.Array) -> frozenset[str]:
 
 
 def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
-    """Checks that a device has the whole of some leaves, whose sums are taken.
+    """Raises if `jax.shard_map` has cut one of some leaves, by number, whose sums are taken.
 
-    Args:
-      who: The transform.
-      params: The parameters.
-      numbers: Those of the leaves, as `_trees.flatten` counts.
-
-    Raises:
-      ValueError: If `jax.shard_map` has cut one of them.
-
-    Warns:
-      UserWarning: If `jax.shard_map` does not keep track of what it has cut.
+    It warns where `jax.shard_map` does not keep track of what it has cut.
     """
     axes, numbers = manual_axes(), list(numbers)
     if not axes or not numbers:
@@ -125,8 +113,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
         meshes.
 
     Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> import spherical_optax as so
       >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
       >>> auto = (AxisType.Auto, AxisType.Auto)

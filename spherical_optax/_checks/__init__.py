@@ -1,9 +1,10 @@
 """Checks of what an optimizer is given: numbers where it is built, values and groups at `init`."""
 
 from spherical_optax._checks.numbers import (
+    check_adam,
     check_learning_rate,
     check_number,
     check_transformation,
 )
 
-__all__ = ["check_learning_rate", "check_number", "check_transformation"]
+__all__ = ["check_adam", "check_learning_rate", "check_number", "check_transformation"]

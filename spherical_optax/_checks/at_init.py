@@ -18,11 +18,8 @@ def require_spheres(
 ) -> optax.GradientTransformation:
     """Raises at `init` unless there are groups and each of them has a direction to turn.
 
-    Args:
-      who: The optimizer.
-      groups: See the module `spherical_optax.groups`.
-      center: Whether groups must be centred.
-      warn: Whether to warn of groups of length 0 where their values are traced.
+    With `center` groups must be centred too. With `warn` it warns of groups of length 0 where
+    their values are traced.
     """
 
     def check(params: optax.Params) -> None:

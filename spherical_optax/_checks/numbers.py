@@ -53,3 +53,10 @@ def check_learning_rate(who: str, learning_rate: Any, name: str = "learning_rate
     """Raises unless the learning rate is a schedule or a number of at least 0."""
     if not callable(learning_rate):
         check_number(who, name, learning_rate)
+
+
+def check_adam(who: str, b1: Any, b2: Any, eps: Any = 0.0) -> None:
+    """Raises unless these are decay rates, and a number to add."""
+    check_number(who, "b1", b1, below=1)
+    check_number(who, "b2", b2, below=1)
+    check_number(who, "eps", eps)

@@ -31,18 +31,9 @@ def trials(
 
     The first run has of paths that differ in digits only, as repeated layers' do, one leaf; the
     second has all leaves, and the third all leaves of the parameters' shapes, if these are small.
-    One that fails, as the transformation needs other arguments, is left out. The loss is linear
-    in the parameters, with the gradients of the step.
-
-    Args:
-      tx: The transformation.
-      params: The parameters; only paths, shapes and dtypes are read.
-      joints: Their joints.
-      steps: Steps of a run.
-      same: Whether every step has the same gradients.
-
-    Raises:
-      Exception: That of the last run, if all fail.
+    One that fails, as the transformation needs other arguments, is left out; if all do, the last
+    one's error is raised. The loss is linear in the parameters, of which only paths, shapes and
+    dtypes are read, with the gradients of the step: with `same`, those of the first.
     """
     leaves = _trees.visible_leaves(params)
     groups = {i: group for joint in joints for i, group in joint.items()}
@@ -131,13 +122,14 @@ def _one_of_each_kind(leaves: list[_trees.Leaf], groups: dict[int, RadialGroup])
 
 def _small(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStruct | None:
     """The leaf with three entries along each axis, and in each block: two have one direction."""
-    if not jnp.issubdtype(getattr(leaf.value, "dtype", object), jnp.inexact):
+    whole = _as_it_is(leaf, group)
+    if whole is None:
         return None
-    shape = [min(3, size) for size in leaf.value.shape]
+    shape = [min(3, size) for size in whole.shape]
     if group is not None and group.num_blocks is not None:
         axis = group.axes(len(shape))[-1]
-        shape[axis] = min(3 * group.num_blocks, leaf.value.shape[axis])
-    return jax.ShapeDtypeStruct(tuple(shape), leaf.value.dtype)
+        shape[axis] = min(3 * group.num_blocks, whole.shape[axis])
+    return jax.ShapeDtypeStruct(tuple(shape), whole.dtype)
 
 
 def _as_it_is(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStruct | None:

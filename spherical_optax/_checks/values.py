@@ -25,15 +25,8 @@ def check_values(
     """Raises a `ValueError` that counts the groups that are bad, where their values are known.
 
     What is traced or abstract passes. Of each joint one number is read, which is the same on
-    every host.
-
-    Args:
-      who: The transform.
-      params: The parameters.
-      joints: Their joints.
-      bad: From a joint's arrays and the joint to one truth value per group.
-      expected: What groups should be, in words.
-      found: What bad groups are, and how to put it right.
+    every host. `bad` makes of a joint's arrays and the joint one truth value per group; what groups
+    should be, and how bad ones are put right, stands in `expected` and `found`.
     """
     counts = _counts(params, joints, bad, _known)
     known = {number: count for number, count in counts.items() if _known(count)}

@@ -69,11 +69,8 @@ def chain(
         return tuple(part.init(params) for part in transformations)
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
         if params is None and needs_params:
             raise no_params(name)
         if len(state) != len(transformations):

@@ -14,19 +14,12 @@ def foreign(who: str, tx: optax.GradientTransformation) -> optax.GradientTransfo
     """A transformation that checks the shapes of its state first, and keeps its dtypes.
 
     Gradients narrower than their parameters are widened: Optax computes in the gradients' dtype.
-
-    Args:
-      who: The function that was called, for messages.
-      tx: Any transformation.
     """
     tx = optax.with_extra_args_support(tx)
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
         if params is not None:
             check_state(who, tx, state, params)
             leaves, back = aligned(who, params, updates)

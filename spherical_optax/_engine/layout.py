@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spherical_optax import _trees
-from spherical_optax.groups import (
-    Groups,
-    Joint,
-    RadialGroup,
-    group_size,
-    joints_at_init,
-    joints_of,
-)
+from spherical_optax.groups import Groups, Joint, RadialGroup, group_size, joints_at_init, joints_of
 from spherical_optax.sharding import check_whole
 
 OTHER_STATE = (
@@ -101,19 +94,10 @@ class Layout(NamedTuple):
     ) -> "Layout":
         """The layout of an update.
 
-        Args:
-          who: The transform.
-          groups: See the module `spherical_optax.groups`.
-          params: The parameters.
-          updates: The updates.
-          *state: Fields of the state that are trees like the parameters, with their shapes.
-          like: A tree like the parameters, for a transform that does without.
-          skips_single_entries: Whether leaves of one entry per group, which have no tangent
-            space, are in no joint.
-
-        Raises:
-          ValueError: If there are no params, or if a tree has other paths than they, or leaves of
-            other shapes; the message names the transform and the paths.
+        Fields of the state that are trees like the parameters come with their shapes. A transform
+        that does without parameters gives a tree like them. With `skips_single_entries`, leaves of
+        one entry per group, which have no tangent space, are in no joint. It raises a `ValueError`
+        if there are no params, or a tree has other paths than they, or leaves of other shapes.
         """
         like = params if like is None else like
         if like is None:
@@ -139,11 +123,7 @@ class Layout(NamedTuple):
         return layout._replace(tree=params, fields=[leaves for leaves, _ in fields], trees=trees)
 
     def present(self) -> list[Joint]:
-        """The joints whose updates are there.
-
-        Raises:
-          ValueError: If only some leaves of a joint are there.
-        """
+        """The joints whose updates are there; raises if only some leaves of one have them."""
         present = []
         for joint in self.joints:
             missing = [i for i in joint if self.updates[i] is None]
@@ -195,21 +175,11 @@ def aligned(
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of a tree in the order of the parameters, and the way back to such a tree.
 
-    Args:
-      who: The transform.
-      params: The parameters.
-      tree: A tree with the same paths.
-      state: The shapes that its leaves should have, if it is part of the state; updates have
-        those of the parameters.
-
-    Raises:
-      ValueError: If paths or shapes differ.
+    If the tree is part of the state, `state` has the shapes that its leaves should have; updates
+    have those of the parameters. It raises a `ValueError` if paths or shapes differ.
     """
     (x, like), (leaves, treedef) = _trees.flatten(params), _trees.flatten(tree)
-    what, remedy = "updates", ""
-    if state is not None:
-        what = "state"
-        remedy = OTHER_STATE
+    what, remedy = ("updates", "") if state is None else ("state", OTHER_STATE)
     order = list(range(len(leaves)))
     if treedef != like:
         keys, found = ([leaf.keys for leaf in _trees.visible_leaves(t)] for t in (params, tree))

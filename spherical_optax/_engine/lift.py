@@ -27,11 +27,8 @@ def lift(step: Step) -> Lifted:
     update_all = lift_together([step])
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
         updates, [state] = update_all(updates, [state], params, **extra_args)
         return updates, state
 
@@ -41,16 +38,11 @@ def lift(step: Step) -> Lifted:
 
 
 def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | None = None) -> Any:
-    """The update of several steps in turn, in two passes over the arrays.
+    """The update of several steps of the same groups in turn, in two passes over the arrays.
 
-    Args:
-      steps: Steps of the same groups.
-      made_before: Whether the updates are made by another transformation in the same program, so
-        that each pass would make them again.
-      who: The function that was called, for messages, if it is not the step.
-
-    Returns:
-      From updates, a list of states and params to updates and such a list.
+    It takes updates, a list of states and params, and returns updates and such a list. With
+    `made_before` another transformation makes the updates in the same program: no pass shall make
+    them again. Messages name the function `who`, if it is not the step.
     """
     groups = steps[0].groups
     needs_params = any(step.needs_params for step in steps)

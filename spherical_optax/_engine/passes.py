@@ -37,16 +37,8 @@ def two_passes(
 ) -> list[dict[int, jax.Array]]:
     """The new updates and fields of a joint.
 
-    Args:
-      on_groups: From update, point and state to the new update and state.
-      joint: From leaf number to group.
-      shapes: Of each part of the state, its `StateShape` or `NOT_PER_LEAF`.
-      shared: Of each part that is not per leaf, its value.
-      treedef: From the parts of the state to it.
-      made_before: Whether the updates are made in the same program.
-      updates: The updates, by leaf number.
-      params: The parameters.
-      *fields: The parts of the state that are per leaf.
+    Of each part of the state, `shapes` has its `StateShape` or `NOT_PER_LEAF`, and `shared` the
+    value of those that are not per leaf; `fields` are the others, by leaf number as the updates.
     """
     places = [place for place, shape in enumerate(shapes) if shape is not NOT_PER_LEAF]
     own = dict(zip(places, fields, strict=True))

@@ -67,15 +67,10 @@ def groups_only(on_group: OnGroup) -> Prepare:
 
 
 def optax_on_the_rest(tx: optax.GradientTransformation, layout: Layout, state: Any) -> Any:
-    """Applies Optax's own transformation to the leaves without a group.
+    """Applies Optax's own transformation, one without params, to the leaves without a group.
 
-    Args:
-      tx: A transformation that does not look at params.
-      layout: Its updates are replaced.
-      state: The state of `tx`, with lists in place of trees; what it has of other leaves is kept.
-
-    Returns:
-      The state, likewise.
+    The updates in `layout` are replaced. The state has lists in place of trees, before and after;
+    what it has of other leaves is kept.
     """
     places = layout.rest
     if not places:

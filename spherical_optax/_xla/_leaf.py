@@ -45,8 +45,7 @@ class View(NamedTuple):
     def left(self, rows: int) -> tuple[list[int], tuple[int, ...]]:
         """What is left to add up where of the summed axes there are some rows.
 
-        Returns:
-          The array's shape, in which blocks have an axis of their own, and the axes to sum.
+        That is the array's shape, in which blocks have an axis of their own, and the axes to sum.
         """
         (group, shape), size = (self.leaf.group, self.leaf.arrays[0].shape), self.stop - self.start
         kept = [*shape[: self.start], rows, *shape[self.stop :]]

@@ -34,11 +34,7 @@ class Request(NamedTuple):
 
 
 def inner_products(request: Request) -> list[jax.Array]:
-    """The inner products that are requested, as `geometry.inner` of each pair.
-
-    Returns:
-      One value per group for each pair, all of the widest dtype.
-    """
+    """The inner products of each pair, as `geometry.inner`, one per group, of the widest dtype."""
     vectors, pairs, joint = request
     dtypes = [accumulator(x.dtype) for vector in vectors for x in vector.values()]
     dtype = max(dtypes, key=lambda each: jnp.finfo(each).bits)

@@ -38,11 +38,8 @@ def doubts(
 ) -> list[str]:
     """The doubts about a search, a paragraph each.
 
-    Args:
-      experiment: The experiment.
-      result: What the search found.
-      joints: Those of it that are confirmed.
-      dropped: By how much scaling the others changes the outputs, by leaf.
+    Of what it found these joints are confirmed; the leaves of others are in `dropped`, with how
+    much their scaling changes the outputs.
     """
     path = [leaf.path for leaf in experiment.leaves]
     half = f" {HALF}" if experiment.is_narrow else ""
@@ -56,8 +53,7 @@ def doubts(
         limits = experiment.thresholds
         lines.append(
             f"expected deviations up to {limits.invariant:.0e} or from {limits.varying:.0e} on, "
-            f"found ones between for {unclear}; they get no group. A larger batch may "
-            f"decide.{half}"
+            f"found ones between for {unclear}; they get no group. A larger batch may decide.{half}"
         )
     if dropped:
         moved = [f"{path[i]} ({change:.0e})" for i, change in dropped.items()]

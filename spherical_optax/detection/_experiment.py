@@ -1,15 +1,14 @@
 """The experiment: random functions of the outputs, and their gradients at several points.
 
-With g the gradient at a point x and p = g x, entry by entry, a group is invariant where
-its p sum to zero. How far they are from it does not depend on how much a group matters:
+With g the gradient at a point x and p = g x, entry by entry, a group is invariant where its p sum
+to zero. How far they are from it does not depend on how much a group matters:
 
     deviation = |sums of p over the groups| / |p|
 
-is of order 1 where entries have no reason to cancel, and rounding where they must. One
-point does not tell: where a layer's output is added to one that is far larger or smaller,
-it seems invariant. So there are several: near the parameters given, at random ones whose
-signals are of size one, and at both with what seems invariant made larger, or smaller:
-where it is invariant, nothing changes; where it only seemed so, it does not seem so any more.
+is of order 1 where entries have no reason to cancel, and rounding where they must. One point does
+not tell: where a layer's output is added to one that is far larger or smaller, it seems invariant.
+So there are several: near the parameters given, at random ones whose signals are of size one, and
+at both with what seems invariant made larger, or smaller: what only seemed so does not stay so.
 """
 
 import functools
@@ -260,10 +259,8 @@ class Experiment:
     def change(self, number: int, joints: Iterable[Joint], leaves: Iterable[int] = ()) -> float:
         """How much the outputs at a point change where groups are scaled by random factors.
 
-        Args:
-          number: The point's.
-          joints: Those whose groups are scaled, by powers of two, which round nothing.
-          leaves: Those whose entries are scaled, each entry by a factor of its own.
+        The groups of joints are scaled by powers of two, which round nothing; of the leaves each
+        entry by a factor of its own.
         """
         rng = np.random.default_rng(number)
         point = dict(zip(self.floating, self.points[number].draw(), strict=True))

@@ -1,10 +1,9 @@
 """Radial groups found by experiment, and masks checked by it.
 
-A group is radially invariant exactly when, at every point, the gradient of every
-function of the network's outputs is orthogonal to it: d/da f(a x) = <grad f, x> = 0. So
-at a random point, for a random function of the outputs, one gradient decides for all
-leaves and all partitions at once. What is found is then confirmed by what it claims: all
-groups are scaled by random factors, and the outputs must stay.
+A group is radially invariant exactly when, at every point, the gradient of every function of the
+network's outputs is orthogonal to it: d/da f(a x) = <grad f, x> = 0. So at a random point, for a
+random function of the outputs, one gradient decides for all leaves and partitions at once. What is
+found is confirmed by what it claims: all groups are scaled by random factors, and the outputs stay.
 """
 
 import math
@@ -40,17 +39,17 @@ def find_radial_groups(
 ) -> Any:
     """Finds which parameters are radially invariant, and their finest groups.
 
-    Invariance is a property of the architecture, so it is asked for at several points: near
-    the parameters given, and at random ones, some of whose layers are larger and some
-    smaller. A group is one that is invariant at all of them; where the evidence is weak,
-    there is none, and a warning. A normalization layer's epsilon, which disturbs invariance
-    as much as the variance is small, is made smaller in the traced program; so a group found
-    may in truth change the outputs where epsilon outweighs the variance.
+    Invariance is a property of the architecture, so it is asked for at several points: near the
+    parameters given, and at random ones, some of whose layers are larger and some smaller. A group
+    is one that is invariant at all of them; where the evidence is weak, there is none, and a
+    warning. A normalization layer's epsilon, which disturbs invariance as much as the variance is
+    small, is made smaller in the traced program; so a group found may in truth change the outputs
+    where epsilon outweighs the variance.
 
-    For each leaf the finest invariant partition wins: index axes, several together,
-    contiguous blocks of an axis (GroupNorm), the whole array; where a leaf is not invariant
-    alone, then jointly with others of its module, or of modules beside it (a convolution
-    and a time projection that are added before a norm).
+    For each leaf the finest invariant partition wins: index axes, several together, contiguous
+    blocks of an axis (GroupNorm), the whole array; where a leaf is not invariant alone, jointly
+    with others of its module, or of modules beside it (a convolution and a time projection that
+    are added before a norm).
 
     Args:
       fn: The forward pass, called as `fn(params, *args)`: a pure function that returns the
@@ -116,18 +115,16 @@ def find_radial_groups(
     groups = _complex.groups_of_pairs(groups)
     if not explain:
         return groups
+    tried, verdicts = result.tried, result.verdicts
+    findings = [
+        Finding(leaf.path, tuple(tried.get(i, ())), verdicts.get(i, "not floating"))
+        for i, leaf in enumerate(experiment.leaves)
+    ]
     limit = 3 * experiment.thresholds.invariant
-    deviations = [deviation for tried in result.tried.values() for _, deviation in tried]
+    deviations = [deviation for each in tried.values() for _, deviation in each]
     return FoundGroups(
         groups=groups,
-        findings=tuple(
-            Finding(
-                leaf.path,
-                tuple(result.tried.get(i, ())),
-                result.verdicts.get(i, "not floating"),
-            )
-            for i, leaf in enumerate(experiment.leaves)
-        ),
+        findings=tuple(findings),
         invariant_up_to=max(map(experiment.deviation, joints), default=0.0),
         others_from=min((d for d in deviations if d > limit), default=math.inf),
         forward_passes=experiment.forward_passes,
@@ -206,20 +203,12 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
 
 
 def _fault(
-    experiment: Experiment,
-    result: Result,
-    joint: Joint,
-    better: Joint | None,
-    change: float | None,
+    experiment: Experiment, result: Result, joint: Joint, better: Joint | None, change: float | None
 ) -> tuple[str | None, str | None]:
-    """What is wrong with the groups of a joint, and the usual causes; `None` where nothing is.
+    """What is wrong with a joint of the user's, and the usual causes; `None` where nothing is.
 
-    Args:
-      experiment: The experiment.
-      result: What the search found.
-      joint: The leaves, with the groups that the user gave them.
-      better: The joint that was found for its first leaf, if one was.
-      change: How much scaling these groups changes the outputs, if it does.
+    For its first leaf the joint `better` was found, if one was; scaling its groups changes the
+    outputs by `change`, if it does.
     """
     first = next(iter(joint.values()))
     values = [leaf.value for leaf in experiment.leaves]

@@ -57,13 +57,9 @@ def kernels(program: core.ClosedJaxpr) -> set[int]:
 
 
 def inputs(program: core.ClosedJaxpr, parameters: int) -> set[int]:
-    """Which of the arguments behind the parameters are contracted with a kernel.
+    """Which of the arguments, the program's inputs behind the parameters, meet a kernel.
 
     These are what a network looks at. Others say how: masks, noise levels, temperatures.
-
-    Args:
-      program: Its first inputs are the parameters, the others the arguments.
-      parameters: How many parameters there are.
     """
     numbers: set[int] = set()
 
@@ -99,14 +95,11 @@ def _flow(
     rule: Callable[[str, Sequence[Value]], Value],
     data: Value | None = None,
 ) -> list[Value]:
-    """The values of a program's outputs.
+    """The values of a program's outputs, of those of its inputs.
 
-    Args:
-      jaxpr: The program.
-      values: Those of its inputs.
-      nothing: That of literals, and of what is not followed.
-      rule: From an operation's name and its operands' values to that of its results.
-      data: That of the constants that the program closes over, if not `nothing`.
+    The rule makes of an operation's name and its operands' values that of its results. Literals
+    have the value `nothing`, as has what is not followed; the constants that the program closes
+    over have `data`, if it is given.
     """
     known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
     known |= dict.fromkeys(jaxpr.constvars, nothing if data is None else data)
@@ -118,7 +111,7 @@ def _flow(
         operands = list(map(value_of, eqn.invars))
         everything = rule(eqn.primitive.name, operands)
         outputs = [everything] * len(eqn.outvars)
-        for inner in _inner_programs(eqn):
+        for inner in programs(eqn.params.values()):
             if len(inner.invars) != len(operands):
                 continue
             if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
@@ -142,9 +135,12 @@ def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
     return range(last - unsliced(eqn.outvars, inner.outvars), last)
 
 
-def _inner_programs(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    for value in eqn.params.values():
+def programs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
+    """The programs among an operation's parameters."""
+    for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr
         elif isinstance(value, core.Jaxpr):
             yield value
+        elif isinstance(value, tuple | list):
+            yield from programs(value)

@@ -23,11 +23,8 @@ def trace(
 ) -> core.ClosedJaxpr:
     """Traces the forward pass twice: it must run, return something, and be the same.
 
-    Args:
-      who: The caller, for messages.
-      forward: From a point to the floating outputs.
-      point: Arrays, or their shapes.
-      further: How many arguments `fn` was given after params.
+    It goes from a point, of arrays or their shapes, to the floating outputs; `fn` was given so many
+    further arguments after params.
     """
     try:
         # A new function each time: JAX remembers the trace of an old one.

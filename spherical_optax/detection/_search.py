@@ -159,11 +159,7 @@ def _name(experiment: Experiment, j: int, module: Module) -> str:
 
 
 def _cancelling(
-    experiment: Experiment,
-    i: int,
-    near: list[int],
-    kernels: set[int],
-    modules: dict[int, Module],
+    experiment: Experiment, i: int, near: list[int], kernels: set[int], modules: dict[int, Module]
 ) -> Iterator[tuple[int, ...]]:
     """Smallest sets of leaves whose p sum to zero together with those of leaf i.
 
@@ -198,21 +194,15 @@ def _cancelling(
 def _added(experiment: Experiment, i: int, j: int) -> bool:
     """Whether what depends on one leaf is added to what depends on the other, and not on both."""
     a, b = (1 << experiment.floating.index(leaf) for leaf in (i, j))
-    return any(
-        (left & a and right & b and not (left & b or right & a))
-        or (left & b and right & a and not (left & a or right & b))
-        for left, right in experiment.sums
-    )
+    sides = ({side & (a | b) for side in pair} for pair in experiment.sums)
+    return any(each == {a, b} for each in sides)
 
 
 # --- the finest partition ---------------------------------------------------------------
 
 
 def _finest(
-    experiment: Experiment,
-    numbers: tuple[int, ...],
-    tried: list[tuple[str, float]],
-    suffix: str,
+    experiment: Experiment, numbers: tuple[int, ...], tried: list[tuple[str, float]], suffix: str
 ) -> Joint | None:
     """The finest invariant partition, looked for from coarse to fine; `None` if none is.
 

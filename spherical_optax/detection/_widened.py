@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from spherical_optax.detection._flow import programs
+
 # Operations that are their inner program; rules for derivatives of a narrow one go with it.
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
@@ -27,11 +29,7 @@ def narrowest(program: core.ClosedJaxpr) -> Any:
 
 
 def widened(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The same program with all floating numbers in float32 at least.
-
-    Raises:
-      NotWidenedError: If it reads the bits of narrow numbers.
-    """
+    """The program with all floats in float32 at least; raises if it reads bits of narrow ones."""
     if not _is_narrow(program.jaxpr, program.jaxpr.invars):
         return program
     return _wide(program)
@@ -57,7 +55,7 @@ def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[
 
     for eqn in jaxpr.eqns:
         narrow = _is_narrow_eqn(eqn)
-        inner = list(_programs(eqn.params.values()))
+        inner = list(programs(eqn.params.values()))
         if narrow and eqn.primitive.name in CALLS and inner:
             closed = [p for p in eqn.params.values() if isinstance(p, core.ClosedJaxpr)]
             kept = list(map(wide, closed[0].consts)) if closed else []
@@ -129,7 +127,7 @@ def _is_narrow(jaxpr: core.Jaxpr, more: Iterable[Any] = ()) -> bool:
 def _is_narrow_eqn(eqn: core.JaxprEqn) -> bool:
     if any(map(_is_narrow_var, (*eqn.invars, *eqn.outvars))):
         return True
-    return any(_is_narrow(inner, inner.invars) for inner in _programs(eqn.params.values()))
+    return any(_is_narrow(inner, inner.invars) for inner in programs(eqn.params.values()))
 
 
 def _is_narrow_var(var: Any) -> bool:
@@ -137,20 +135,10 @@ def _is_narrow_var(var: Any) -> bool:
     return dtype is not None and _wide_dtype(dtype) != dtype
 
 
-def _programs(values: Iterable[Any]) -> Iterable[core.Jaxpr]:
-    for value in values:
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _programs(value)
-
-
 def _dtypes(jaxpr: core.Jaxpr) -> Iterable[Any]:
     for var in (*jaxpr.invars, *jaxpr.constvars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)):
         if hasattr(var.aval, "dtype"):
             yield var.aval.dtype
     for eqn in jaxpr.eqns:
-        for inner in _programs(eqn.params.values()):
+        for inner in programs(eqn.params.values()):
             yield from _dtypes(inner)

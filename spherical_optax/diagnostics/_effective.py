@@ -14,12 +14,7 @@ from spherical_optax._engine.foreign import foreign
 from spherical_optax._engine.layout import Layout, check_type, per_entry
 from spherical_optax._engine.state import pick
 from spherical_optax._numerics import accumulator, safe_divide, safe_sqrt, wide
-from spherical_optax.diagnostics._recorders import (
-    as_records,
-    blank_records,
-    check_records,
-    nested,
-)
+from spherical_optax.diagnostics._recorders import as_records, blank_records, check_records, nested
 from spherical_optax.groups import Groups, Joint, RadialGroup, group_size
 from spherical_optax.transforms import (
     ScaleByAdamgState,
@@ -27,6 +22,8 @@ from spherical_optax.transforms import (
     ScaleByAdamsState,
     TransportedTraceState,
 )
+
+WHO = "record_effective_learning_rate"
 
 
 class EffectiveStep(NamedTuple):
@@ -64,15 +61,11 @@ def effective_learning_rate(
     AdamS          a = mhat                                 b = (sqrt(vhat) + eps) / sqrt(d)
     ```
 
-    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS;
-    their states hold the moments of r g, and only the tangent part of the first: m is
+    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS; their
+    states hold the moments of r g, and only the tangent part of the first: m is
     trace / r + (1 - dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2.
-    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w). For SGD
-    with L2 factor w
-
-    ```
-    lr_eff = learning_rate / (r^2 (1 - learning_rate w))
-    ```
+    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w); SGD with L2
+    factor w has lr_eff = learning_rate / (r^2 (1 - learning_rate w)).
 
     Args:
       x: The parameters, an array, or a pytree of arrays for joint groups.
@@ -99,8 +92,7 @@ def effective_learning_rate(
       0.1 [0. 2.] 0.19739556
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+      Roburin et al., Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
     """
     r = geometry.norm(x, group)
     if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one for all leaves
@@ -194,25 +186,23 @@ def record_effective_learning_rate(
       0.1
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
+      Roburin et al., Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
     """
-    check_transformation("record_effective_learning_rate", tx, "tx")
+    check_transformation(WHO, tx, "tx")
     for name, value in (("b1", b1), ("b2", b2)):
         if value is not None:
-            check_number("record_effective_learning_rate", name, value, below=1)
+            check_number(WHO, name, value, below=1)
     if eps is not None:
-        check_number("record_effective_learning_rate", "eps", eps)
-    wrapped = foreign("record_effective_learning_rate", tx)
+        check_number(WHO, "eps", eps)
+    wrapped = foreign(WHO, tx)
 
     def rates(g: Any, v: Any, x: Any, state: Any, params: Any, joint: Joint) -> tuple[Any, Any]:
         """The effective learning rate, and the cosine of the step and of what it should follow."""
-        r = geometry.norm(pick(joint, x), joint)
-        c = _numerator(g, pick(joint, x), state, params, joint, b1, b2, eps)
-        c = geometry.project(c, pick(joint, x), joint)
-        step = {i: wide(v[i]) for i in joint}
-        tangent = geometry.project(step, pick(joint, x), joint)
-        forward = r + safe_divide(geometry.inner(step, pick(joint, x), joint), r)
+        x, step = pick(joint, x), {i: wide(v[i]) for i in joint}
+        r, tangent = geometry.norm(x, joint), geometry.project(step, x, joint)
+        c = _numerator(g, x, state, params, joint, b1, b2, eps)
+        c = geometry.project(c, x, joint)
+        forward = r + safe_divide(geometry.inner(step, x, joint), r)
         length, norm = geometry.norm(tangent, joint), geometry.norm(c, joint)
         rate = safe_divide(safe_divide(length, norm), forward)
         cosine = -safe_divide(geometry.inner(tangent, c, joint), length * norm)
@@ -220,8 +210,7 @@ def record_effective_learning_rate(
 
     def check(run: list[Trial]) -> None:
         params, gradients, updates, state = run[-1]
-        who, field = "record_effective_learning_rate", (updates, per_entry)
-        layout = Layout.read(who, groups, params, gradients, field)
+        layout = Layout.read(WHO, groups, params, gradients, (updates, per_entry))
         g, x, [v] = layout.updates, layout.params, layout.fields
         for joint in (joint for joint in layout.joints if all(x[i] is not None for i in joint)):
             cosine = rates(g, v, x, state, params, joint)[1]
@@ -229,13 +218,13 @@ def record_effective_learning_rate(
             if not isinstance(off, jax.core.Tracer) and off.any():  # of numbers that are known
                 path = _trees.visible_leaves(params)[next(iter(joint))].path
                 raise ValueError(
-                    f"record_effective_learning_rate: {path}: expected steps along the quotient of "
-                    f"the moments that tx keeps, found a cosine of {float(cosine[off][0]):.2f} "
-                    "with it: as with Nesterov momentum, or with another eps."
+                    f"{WHO}: {path}: expected steps along the quotient of the moments that tx "
+                    f"keeps, found a cosine of {float(cosine[off][0]):.2f} with it: as with "
+                    "Nesterov momentum, or with another eps."
                 )
 
     def init(params: optax.Params) -> RecordEffectiveLearningRateState:
-        layout = Layout.at_init("record_effective_learning_rate", groups, params)
+        layout = Layout.at_init(WHO, groups, params)
         inner_state = wrapped.init(params)
         for joint in layout.joints:
             _moments(inner_state, params, joint, b1, b2, eps)
@@ -254,10 +243,9 @@ def record_effective_learning_rate(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RecordEffectiveLearningRateState]:
-        check_type("record_effective_learning_rate", state, RecordEffectiveLearningRateState)
+        check_type(WHO, state, RecordEffectiveLearningRateState)
         steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
-        who, field = "record_effective_learning_rate", (steps, per_entry)
-        layout = Layout.read(who, groups, params, updates, field)
+        layout = Layout.read(WHO, groups, params, updates, (steps, per_entry))
         g, x, [v] = layout.updates, layout.params, layout.fields
         values: dict[int, jax.Array] = {}
         for joint in layout.joints:
@@ -267,11 +255,13 @@ def record_effective_learning_rate(
                 rate = jnp.zeros_like(geometry.norm(pick(joint, x), joint))
             values |= as_records(rate, joint, x)
         recorded = nested(values, params)
-        check_records("record_effective_learning_rate", state.effective_learning_rate, recorded)
+        check_records(WHO, state.effective_learning_rate, recorded)
         return steps, RecordEffectiveLearningRateState(recorded, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
+
+FIRST = ("mu", "trace", "m1")  # fields that hold first moments
 
 # What the steps of their groups follow is known.
 KNOWN = (
@@ -284,23 +274,15 @@ KNOWN = (
 )
 
 
-class _Moments(NamedTuple):
-    """The state that holds a joint's moments, and these by leaf number."""
-
-    holder: Any
-    first: dict[int, Any]
-    second: dict[int, Any]
-
-
 def _moments(
     inner_state: Any, params: Any, joint: Joint, b1: Any, b2: Any, eps: Any
-) -> _Moments | None:
-    """The moments that an optimizer keeps of a joint; `None` if it keeps none.
+) -> tuple[Any, dict[int, Any], dict[int, Any]] | None:
+    """The state that holds a joint's moments, and these by leaf number; `None` if none does.
 
     Raises:
       ValueError: If there are several, or such as are not known, or a number is missing.
     """
-    who, leaves = "record_effective_learning_rate", _trees.visible_leaves(params)
+    leaves = _trees.visible_leaves(params)
     first = leaves[next(iter(joint))]
     holders = [
         node
@@ -312,30 +294,28 @@ def _moments(
     found = [type(node).__name__ for node in holders]
     if len(holders) > 1 or not isinstance(holders[0], KNOWN):
         raise ValueError(
-            f"{who}: {first.path}: expected moments in one of "
+            f"{WHO}: {first.path}: expected moments in one of "
             f"{[each.__name__ for each in KNOWN]}, found {found}, whose steps it does not know."
         )
-    moments = {i: _field(holders[0], leaves[i].keys) for i in joint}
-    seconds = {i: _field(holders[0], leaves[i].keys, ("nu",)) for i in joint}
+    first_moments = {i: _field(holders[0], leaves[i].keys) for i in joint}
+    second_moments = {i: _field(holders[0], leaves[i].keys, ("nu",)) for i in joint}
     needed = [("b1", b1)] if hasattr(holders[0], "mu") else []
     if isinstance(holders[0], optax.ScaleByAdamState):
         needed += [("b2", b2), ("eps", eps)]
     missing = [name for name, value in needed if value is None]
     if missing:
         raise ValueError(
-            f"{who}: {first.path}: expected {' and '.join(missing)} of the optimizer, which its "
+            f"{WHO}: {first.path}: expected {' and '.join(missing)} of the optimizer, which its "
             f"{found[0]} does not tell, found none; pass {', '.join(f'{m}=...' for m in missing)}."
         )
-    return _Moments(holders[0], moments, seconds)
+    return holders[0], first_moments, second_moments
 
 
 def _holds_moments(node: Any) -> bool:
-    return hasattr(node, "_fields") and any(hasattr(node, name) for name in ("mu", "trace", "m1"))
+    return hasattr(node, "_fields") and any(hasattr(node, name) for name in FIRST)
 
 
-def _field(
-    holder: Any, keys: tuple[str, ...], names: tuple[str, ...] = ("mu", "trace", "m1")
-) -> Any:
+def _field(holder: Any, keys: tuple[str, ...], names: tuple[str, ...] = FIRST) -> Any:
     """The leaf at a parameter's path in one of the fields of a state, if it is there."""
     for name in names:
         for leaf in _trees.leaves_with_paths(getattr(holder, name, None)):
@@ -352,16 +332,14 @@ def _numerator(
     moments = _moments(state, params, joint, b1, b2, eps)
     if moments is None:
         return geometry.scale(r, {i: wide(g[i]) for i in joint}, joint)
-    a = {i: wide(each) for i, each in moments.first.items()}
-    corrected = 1.0
-    if hasattr(moments.holder, "mu"):
-        corrected = 1 - b1 ** moments.holder.count.astype(r.dtype)
-    if isinstance(moments.holder, ScaleByAdamsrtState | TransportedTraceState):
+    holder, first, second = moments
+    a = {i: wide(each) for i, each in first.items()}
+    corrected = 1 - b1 ** holder.count.astype(r.dtype) if hasattr(holder, "mu") else 1.0
+    if isinstance(holder, ScaleByAdamsrtState | TransportedTraceState):
         r = jnp.ones_like(r)  # their moments are of r g
-    if isinstance(moments.holder, optax.ScaleByAdamState):
-        second = 1 - b2 ** moments.holder.count.astype(r.dtype)
-        b = {i: safe_sqrt(wide(v) / second) + eps for i, v in moments.second.items()}
-        s = geometry.norm(b, joint) / math.sqrt(group_size(joint, x))
+    if isinstance(holder, optax.ScaleByAdamState):
+        correction = 1 - b2 ** holder.count.astype(r.dtype)
+        b = {i: safe_sqrt(wide(v) / correction) + eps for i, v in second.items()}
+        r = r * (geometry.norm(b, joint) / math.sqrt(group_size(joint, x)))
         a = {i: safe_divide(a[i], b[i]) for i in joint}
-        r = r * s
     return geometry.scale(r / corrected, a, joint)

@@ -80,8 +80,7 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> groups = so.groups_by_path({"kernel": so.per_filter()})
       >>> tx = optax.chain(optax.sgd(1.0), so.record_sphere(groups))
@@ -92,16 +91,14 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
       [0.7853982 0.7853982] 2.828427
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
 
     def measure(v: Any, x: Any, joint: Joint) -> jax.Array:
         return jnp.stack(_measure({i: wide(v[i]) for i in joint}, x, joint))
 
-    return _recorder(
-        "record_sphere", groups, measure, (len(SphereMetrics._fields),), RecordSphereState
-    )
+    rows = (len(SphereMetrics._fields),)
+    return _recorder("record_sphere", groups, measure, rows, RecordSphereState)
 
 
 def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -126,8 +123,7 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = optax.chain(so.record_gradient(so.per_layer()), optax.sgd(1.0))
       >>> params = jnp.array([1., 0.])
@@ -136,8 +132,7 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
       0.6
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
 
     def measure(g: Any, x: Any, joint: Joint) -> jax.Array:
@@ -168,8 +163,7 @@ def sphere_metrics(
       parameters, float64. The leaves of a joint group all get the whole group's values.
 
     Raises:
-      TypeError: If `groups` does not fit the parameters.
-      ValueError: If `groups` does not fit, or the snapshots do not fit each other.
+      TypeError, ValueError: If `groups` does not fit, or the snapshots do not fit each other.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -181,8 +175,7 @@ def sphere_metrics(
       Array([0.7853982], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
     leaves, others = _trees.visible_leaves(params_before), _trees.visible_leaves(params_after)
     if [leaf.keys for leaf in leaves] != [leaf.keys for leaf in others]:
@@ -215,13 +208,7 @@ def _measure(step: Any, x: Any, joint: Joint) -> SphereMetrics:
     after = jnp.hypot(r + radial, tangential)
     degenerate = (r == 0) | (after == 0)
     angle = jnp.arctan2(tangential, jnp.where(degenerate, 1, r + radial))
-    return SphereMetrics(
-        radius_before=r,
-        radius_after=after,
-        step_angle=jnp.where(degenerate, 0, angle),
-        step_radial=radial,
-        step_tangential=tangential,
-    )
+    return SphereMetrics(r, after, jnp.where(degenerate, 0, angle), radial, tangential)
 
 
 def _recorder(
@@ -238,10 +225,7 @@ def _recorder(
         return state_type(blank_records(layout, params, metrics))
 
     def update(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         check_type(who, state, state_type)

@@ -10,10 +10,9 @@ how one array splits into groups; a `groups` argument says it for a whole tree, 
 - what `find_radial_groups` returns;
 - a function of the parameters that returns such a tree, reading paths and shapes only.
 
-A tree may be a module with a `__call__`, as one made from an Equinox model is: it is not
-called. `optax.inject_hyperparams` does take everything callable for a schedule, and would
-call such a tree, or a function, with a step count: name it, `static_args=("groups",)`, or
-use rules.
+A tree may be a module with a `__call__`, as one made from an Equinox model is: it is not called.
+`optax.inject_hyperparams` does take everything callable for a schedule, and would call such a tree,
+or a function, with a step count: name it, `static_args=("groups",)`, or use rules.
 
 `describe_groups` shows what was selected.
 """
@@ -37,18 +36,9 @@ __all__ = [
     "Finding",
     "FoundGroups",
     "Groups",
-    "Joint",
-    "PathRules",
     "RadialGroup",
-    "by_rule",
-    "check_rules",
-    "check_used",
     "describe_groups",
-    "first_match",
-    "group_size",
     "groups_by_path",
-    "joints_at_init",
-    "joints_of",
     "per_channel_block",
     "per_filter",
     "per_head",

@@ -26,11 +26,7 @@ def check_rules(who: str, what: str, rules: Mapping[str, Any]) -> None:
 def by_rule(
     who: str, what: str, rules: Mapping[str, Any], joints: list[Joint], params: Any
 ) -> list[str]:
-    """The rule that decides for each joint: the first found in its leaves' paths.
-
-    Raises:
-      ValueError: If a rule is missing for a joint, or matches none, or joint leaves disagree.
-    """
+    """The first rule found in the paths of each joint; raises where none is, or leaves disagree."""
     leaves = _trees.visible_leaves(params)
     found = []
     for joint in joints:

@@ -123,11 +123,9 @@ def _by_prefix(groups: Any, leaves: list[_trees.Leaf]) -> list[Entry]:
                 f"groups: expected a plain joint label at {where}, found {group.joint!r}; "
                 "references to a match are for the rules of groups_by_path."
             )
-    pairs = _trees.by_prefix(
-        entries,
-        leaves,
-        "groups: expected a pytree prefix of the parameters",
+    expected = "groups: expected a pytree prefix of the parameters"
+    remedy = (
         "put None there for a leaf without a group. groups names "
-        f"{['/'.join(keys) for keys in entries]}; regular expressions go through groups_by_path",
+        f"{['/'.join(keys) for keys in entries]}; regular expressions go through groups_by_path"
     )
-    return [group for _, group in pairs]
+    return [group for _, group in _trees.by_prefix(entries, leaves, expected, remedy)]

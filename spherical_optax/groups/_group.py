@@ -27,8 +27,7 @@ class RadialGroup:
 
     Raises:
       TypeError: If an argument has the wrong type.
-      ValueError: If an axis is repeated, or `num_blocks` is below one or has no
-        axis to split.
+      ValueError: If an axis is repeated, or `num_blocks` is below one or has no axis to split.
 
     Examples:
       >>> from spherical_optax import RadialGroup
@@ -154,8 +153,7 @@ def per_channel_block(n: int, *, axis: int = -1, joint: str | None = None) -> Ra
 
     Args:
       n: Number of blocks; must divide the number of output channels.
-      axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
-        PyTorch kernel `(out, in, ...)` and of its bias.
+      axis: The axis of the output channels, as in `per_filter`; 0 also for an Equinox bias.
       joint: Label shared with the leaves that belong to the same groups.
 
     Examples:

@@ -19,21 +19,11 @@ from spherical_optax.groups._windows import warn_of_windows
 
 
 def joints_of(groups: Groups, tree: Any) -> list[Joint]:
-    """Resolves `groups` on a tree into joints: the leaves that form groups together.
+    """Resolves `groups` on a tree into joints: one per leaf, or per label of joint leaves.
 
-    Args:
-      groups: See the module `spherical_optax.groups`.
-      tree: Parameters or updates; only paths, shapes and dtypes are read.
-
-    Returns:
-      One joint per leaf, or per label of joint leaves; leaves are numbered as `_trees.flatten`
-      counts them. Leaves without a group are absent.
-
-    Raises:
-      TypeError: If something other than groups is given, or a leaf with a group is
-        not of a real floating dtype.
-      ValueError: If `groups` does not fit the tree, or `optax.masked` hides part of a joint
-        group; the message names the path.
+    Of the tree only paths, shapes and dtypes are read. Leaves are numbered as `_trees.flatten`
+    counts them; those without a group are absent. It raises, with the path, where `groups` does not
+    fit, a leaf with a group has no real floating dtype, or `optax.masked` hides part of a joint.
     """
     leaves = _trees.leaves_with_paths(tree)
     if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
@@ -152,18 +142,8 @@ def _joined(grouped: list[tuple[_trees.Leaf, RadialGroup | None]]) -> list[Joint
 def joints_at_init(groups: Groups, params: Any, keeps_radius: str | None = None) -> list[Joint]:
     """As `joints_of`, for `init`: it looks more closely, once.
 
-    Args:
-      groups: See the module `spherical_optax.groups`.
-      params: The parameters.
-      keeps_radius: The function that keeps or sets radii, if it does: to it groups of one entry
-        are an error.
-
-    Raises:
-      ValueError: If there are groups of one entry, and a radius is kept.
-
-    Warns:
-      UserWarning: If groups on the last axis look like columns of a convolution's window, or
-        have one entry each.
+    It warns of groups that look like columns of a convolution's window, or have one entry. For
+    `keeps_radius`, the name of a function that keeps or sets radii, the latter are a `ValueError`.
     """
     joints, leaves = joints_of(groups, params), _trees.visible_leaves(params)
     values = [leaf.value for leaf in leaves]

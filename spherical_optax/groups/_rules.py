@@ -31,8 +31,7 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     module's whole path, one rule forms one joint group per module.
 
     Args:
-      rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves
-        without a group.
+      rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves without a group.
 
     Returns:
       A rules object, accepted wherever `groups` is.

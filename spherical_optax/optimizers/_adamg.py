@@ -3,15 +3,10 @@
 import jax
 import optax
 
+from spherical_optax._checks import check_adam
 from spherical_optax._checks.at_init import refuse_single_entries, require_other
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._common import check_adam
-from spherical_optax.transforms import (
-    chain,
-    retract,
-    scale_by_adamg,
-    scale_by_adamg_star,
-)
+from spherical_optax.transforms import chain, retract, scale_by_adamg, scale_by_adamg_star
 from spherical_optax.transforms._learning_rates import learning_rates_as
 
 
@@ -35,9 +30,7 @@ def adamg(
     and m is transported from x to x'. The first step puts each group on its sphere, or the
     first few where it is far longer: see `retract`.
 
-    There is no `nesterov`, as no such form is published (for one, put
-    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
-    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
+    For `nesterov` and `eps_root` see `adams`.
 
     Args:
       learning_rate: A number or a schedule: the angle of a step, in radians, to first
@@ -46,8 +39,7 @@ def adamg(
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`.
-      other: The optimizer of leaves without a group, such as `optax.adam(1e-3)`; it has to be
-        given where there are such leaves.
+      other: The optimizer of leaves without a group, as in `hyperball`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
@@ -58,17 +50,13 @@ def adamg(
         parameters, a group has one entry, or other is missing.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> params = jnp.array([0., 1.])
       >>> tx = so.adamg(0.1, groups=so.per_layer())
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss(params):.2f} {jnp.linalg.norm(params):.2f}")
-      -1.00 1.00
+      >>> params = jnp.array([3., 4.])
+      >>> updates, _ = tx.update(jnp.array([4., -3.]), tx.init(params), params)
+      >>> print(f"{so.geometry.norm(params + updates, so.per_layer()):.2f}")
+      1.00
 
     References:
       Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G), in
@@ -86,10 +74,7 @@ def adamg(
 
 
 def adamg_star(
-    learning_rate: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    *,
-    groups: Groups,
+    learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike = 0.0, *, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
     """AdamG*: traces the directions of SGD with L2, on the unit sphere.
 
@@ -100,37 +85,28 @@ def adamg_star(
 
     Equal to SGD to high order in its effective learning rate: what the growing radius does
     to SGD's steps, the second moment does here. The first step puts each group on its
-    sphere, after which its radius is 1, or the first few where it is far longer: see
-    `retract`.
+    sphere, or the first few where it is far longer: see `retract`.
 
     Args:
       learning_rate: That of the SGD, a number.
       weight_decay: Its L2 factor, a number.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD
-        with L2, at the same rate, which is part of the equivalence; `optax.partition` gives
-        them another.
+      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD with L2, at
+        the same rate, which is part of the equivalence; `optax.partition` gives them another.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> directions = []
-      >>> for tx in (so.adamg_star(0.1, groups=so.per_layer()), optax.sgd(0.1)):
-      ...     params = jnp.array([0., 2.])
-      ...     state = tx.init(params)
-      ...     for _ in range(20):
-      ...         updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...         params = optax.apply_updates(params, updates)
-      ...     directions.append(params / jnp.linalg.norm(params))
-      >>> bool(jnp.linalg.norm(directions[0] - directions[1]) < 1e-5)
-      True
+      >>> tx = so.adamg_star(0.1, groups=so.per_layer())
+      >>> params, grads = jnp.array([0., 2.]), jnp.array([-0.5, 0.])
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(f"{so.geometry.angle(params, params + updates, so.per_layer()):.3f}")  # SGD's
+      0.025
 
     References:
       Roburin et al., Neurocomputing 2022 (equivalence of SGD and AdamG*).

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_adam, check_number
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._common import check_adam, decays, learning_rates
+from spherical_optax.optimizers._common import decays, learning_rates
 from spherical_optax.transforms import chain
 from spherical_optax.transforms._project_if_tangent import project_if_tangent_as
 
@@ -36,18 +36,17 @@ def adamp(
     x' = x - learning_rate (p + weight_decay x (times wd_ratio where projected))
     ```
 
+    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
+
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.adamw`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Decoupled decay.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Its factor, beside the learning rate.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       delta: Threshold of the cosine of gradient and weight, times sqrt(d).
       wd_ratio: Factor of the decay where projected, in [0, 1].
       nesterov: Whether to use b1 m + (1 - b1) g in place of m, corrected as m is (unlike
@@ -58,21 +57,15 @@ def adamp(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> params = jnp.array([0., 1.])
       >>> tx = so.adamp(0.1, groups=so.per_layer())
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss(params):.2f}")
-      -1.00
+      >>> params = jnp.array([3., 4.])
+      >>> tx.update(jnp.array([8., -6.]), tx.init(params), params)[0]  # orthogonal to params
+      Array([-0.112, 0.084], dtype=float32)
 
     References:
       Heo et al., AdamP: slowing down the slowdown for momentum optimizers on
@@ -84,15 +77,7 @@ def adamp(
     else:
         adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     return chain(
-        project_if_tangent_as(
-            "adamp",
-            adam,
-            groups,
-            delta=delta,
-            weight_decay=weight_decay,
-            mask=mask,
-            wd_ratio=wd_ratio,
-        ),
+        project_if_tangent_as("adamp", adam, groups, delta, weight_decay, mask, wd_ratio),
         learning_rates("adamp", learning_rate, other_learning_rate, groups),
         who="adamp",
     )
@@ -146,17 +131,16 @@ def sgdp(
     x' = x - learning_rate (m + weight_decay / (1 - momentum) x (times wd_ratio ...))
     ```
 
+    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
+
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.sgd`, with decoupled decay.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Decoupled decay, divided by 1 - momentum.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.sgd`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Its factor, beside the learning rate; it is divided by 1 - momentum.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       delta: Threshold of the cosine of gradient and weight, times sqrt(d).
       wd_ratio: Factor of the decay where projected, in [0, 1].
       nesterov: Whether to use Nesterov momentum.
@@ -166,39 +150,26 @@ def sgdp(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> params = jnp.array([0., 1.])
-      >>> tx = so.sgdp(0.1, groups=so.per_layer())
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss(params):.2f}")
-      -1.00
+      >>> tx = so.sgdp(0.1, groups=so.per_layer(), weight_decay=0.1)
+      >>> params = jnp.array([3., 4.])
+      >>> tx.update(jnp.array([8., -6.]), tx.init(params), params)[0]  # a tenth of the decay
+      Array([-0.83, 0.56 ], dtype=float32)
 
     References:
       Heo et al., AdamP, ICLR 2021.
     """
     check_number("sgdp", "momentum", momentum, below=1)
     check_number("sgdp", "dampening", dampening, below=1)
+    trace = optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype)
+    decay, moments = weight_decay / (1 - momentum), () if nesterov else ("trace",)
     return chain(
         optax.scale(1 - dampening) if decays(dampening) else optax.identity(),
-        project_if_tangent_as(
-            "sgdp",
-            optax.trace(momentum, nesterov=nesterov, accumulator_dtype=accumulator_dtype),
-            groups,
-            delta=delta,
-            weight_decay=weight_decay / (1 - momentum),
-            mask=mask,
-            wd_ratio=wd_ratio,
-            first_moments=() if nesterov else ("trace",),
-        ),
+        project_if_tangent_as("sgdp", trace, groups, delta, decay, mask, wd_ratio, moments),
         learning_rates("sgdp", learning_rate, other_learning_rate, groups),
         who="sgdp",
     )

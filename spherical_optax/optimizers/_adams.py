@@ -3,9 +3,10 @@
 import jax
 import optax
 
+from spherical_optax._checks import check_adam
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._common import check_adam, decayed_weights, learning_rates
+from spherical_optax.optimizers._common import decayed_weights, learning_rates
 from spherical_optax.transforms import chain, scale_by_adams, scale_by_adamsrt
 
 
@@ -29,43 +30,36 @@ def adams(
     x' = x - learning_rate sqrt(d) mhat / (sqrt(vhat) + eps)
     ```
 
-    There is no `nesterov`, as no such form is published (for one, put
-    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
-    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
+    Weight decay is coupled: weight_decay x is added to the gradient.
+
+    There is no `nesterov`, as no such form is published: for one, put `transport_moments` of
+    `optax.scale_by_adam(nesterov=True)` (or, for `sgdmrt`, of `optax.trace`) before the learning
+    rate. There is no `eps_root`: gradients through the root at zero, which it is for, pass.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.adam`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Factor of the coupled L2 term.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adam`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Factor of the L2 term.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> params = jnp.array([0., 1.])
       >>> tx = so.adams(0.1, groups=so.per_layer())
-      >>> state = tx.init(params)
-      >>> for _ in range(20):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss(params):.2f}")
-      -1.00
+      >>> params = jnp.array([3., 4.])
+      >>> tx.update(jnp.array([8., -6.]), tx.init(params), params)[0]  # along the gradient
+      Array([-0.1131, 0.0849], dtype=float32)
 
     References:
       Roburin et al., Spherical perspective on learning with normalization layers,
@@ -95,50 +89,38 @@ def adamsrt(
     """AdamSRT: AdamS whose moments are rescaled and transported as the groups move.
 
     The update is that of `adams`; the moments are carried as `transport_moments` does, and
-    kept as `scale_by_adamsrt` says.
+    kept as `scale_by_adamsrt` says. For `nesterov` and `eps_root` see `adams`.
 
-    There is no `nesterov`, as no such form is published (for one, put
-    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate),
-    and no `eps_root`, which is for gradients through the root at zero: in groups they pass.
+    Weight decay is coupled: weight_decay x is added to the gradient.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.adam`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Factor of the coupled L2 term. In groups it acts 1 - b1 times as strongly
-        as in `adams`: its momentum is radial, and not carried.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adam`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: In groups it acts 1 - b1 times as strongly as in `adams`: its momentum is
+        radial, and not carried.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> params = jnp.array([0., 1.])
       >>> tx = so.adamsrt(0.1, groups=so.per_layer())
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss(params):.2f}")
-      -1.00
+      >>> params = jnp.array([3., 4.])
+      >>> tx.update(jnp.array([8., -6.]), tx.init(params), params)[0]
+      Array([-0.1131, 0.0849], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
     check_adam("adamsrt", b1, b2, eps)
     return chain(
@@ -168,29 +150,26 @@ def adamsw(
     x' = x - learning_rate (sqrt(d) mhat / (sqrt(vhat) + eps) + weight_decay x)
     ```
 
-    The decay of a group is radial: it does not turn it, and sets how large its effective
-    learning rate becomes. For `nesterov` and `eps_root` see `adams`.
+    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
+    It does not turn a group, and sets how large its effective learning rate becomes. For
+    `nesterov` and `eps_root` see `adams`.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.adamw`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Decoupled decay, times the learning rate.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Its factor, beside the learning rate.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -201,8 +180,7 @@ def adamsw(
       Array([-0.15, -0.2 ], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (AdamS); Loshchilov and Hutter, Decoupled weight decay
+      Roburin et al., Neurocomputing 2022 (AdamS); Loshchilov and Hutter, Decoupled weight decay
       regularization, ICLR 2019.
     """
     check_adam("adamsw", b1, b2, eps)
@@ -228,29 +206,25 @@ def adamsrtw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamSRT with decoupled weight decay.
 
-    The update is that of `adamsw`; the moments are carried as in `adamsrt`, along decay too:
-    they are rescaled as it shortens the group.
+    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
+    The update is that of `adamsw`; moments are carried as in `adamsrt`, and rescaled along decay.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.adamw`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Decoupled decay, times the learning rate.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Its factor, beside the learning rate.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -47,13 +47,6 @@ def learning_rates(
     return learning_rates_as(who, learning_rate, groups, other)
 
 
-def check_adam(who: str, b1: Any, b2: Any, eps: Any = 0.0) -> None:
-    """Raises unless these are decay rates, and a number to add."""
-    check_number(who, "b1", b1, below=1)
-    check_number(who, "b2", b2, below=1)
-    check_number(who, "eps", eps)
-
-
 def no_weight_decay(who: str, weight_decay: Any) -> None:
     """Raises a `TypeError` where weight decay is given to an optimizer that fixes the radius."""
     if weight_decay is not None:

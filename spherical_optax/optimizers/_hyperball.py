@@ -7,16 +7,12 @@ import optax
 from optax import contrib
 
 from spherical_optax import _trees
-from spherical_optax._checks import check_number, check_transformation
+from spherical_optax._checks import check_adam, check_number, check_transformation
 from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
 from spherical_optax._masks import in_groups
 from spherical_optax.groups import Groups, RadialGroup, joints_of
-from spherical_optax.optimizers._common import check_adam, no_weight_decay
-from spherical_optax.transforms import (
-    chain,
-    normalize_updates,
-    retract,
-)
+from spherical_optax.optimizers._common import no_weight_decay
+from spherical_optax.transforms import chain, normalize_updates, retract
 from spherical_optax.transforms._learning_rates import Rates, learning_rates_as
 from spherical_optax.transforms._radius import Radius
 
@@ -58,10 +54,9 @@ def hyperball(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If inner is no transformation or a number is out of range; at
-        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
-        entry or is known to have norm zero, inner's updates point against the gradients, or
-        other is missing.
+      TypeError, ValueError: If inner is no transformation or a number is out of range; at `init`,
+        if `groups` does not fit the parameters, no leaf has a group, a group has one entry or is
+        known to have norm zero, inner's updates point against the gradients, or other is missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -119,20 +114,17 @@ def adamh(
     is fixed.
 
     Args:
-      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
-        dictionary from regular expressions on paths to these, as in `hyperball`.
+      learning_rate: The length of a step relative to the radius, as in `hyperball`.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
       groups: See the module `spherical_optax.groups`. As published a group is a matrix,
         `per_layer()`, of stacked layers `RadialGroup((0,))`; finer groups keep a radius each.
-      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
-        to be given where there are such leaves.
+      other: The optimizer of leaves without a group, as in `hyperball`.
       nesterov: Whether to use Nesterov momentum, as in `optax.adam`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
       radius: The radius to keep, as in `hyperball`.
-      weight_decay: Nothing: the radius of groups is fixed, and other leaves have the decay of
-        `other`. The error says so.
+      weight_decay: Nothing, as the error says: other leaves have the decay of `other`.
 
     Returns:
       The optimizer; `update` needs params.
@@ -183,19 +175,16 @@ def muonh(
     groups are rows or columns, Muon's matrix is the leaf.
 
     Args:
-      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
-        dictionary from regular expressions on paths to these, as in `hyperball`.
+      learning_rate: The length of a step relative to the radius, as in `hyperball`.
       momentum: Decay rate of Muon's momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`.
-      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
-        to be given where there are such leaves.
+      other: The optimizer of leaves without a group, as in `hyperball`.
       bias_correction: Whether the Nesterov momentum is corrected for its bias, as in
         `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.
       ns_steps: Newton-Schulz iterations.
       mu_dtype: dtype of the momentum; the parameter's if `None`.
       radius: The radius to keep, as in `hyperball`.
-      weight_decay: Nothing: the radius of groups is fixed, and other leaves have the decay of
-        `other`. The error says so.
+      weight_decay: Nothing, as the error says: other leaves have the decay of `other`.
 
     Returns:
       The optimizer; `update` needs params.
@@ -226,10 +215,7 @@ def muonh(
 
     if bias_correction:
         muon = contrib.scale_by_muon(
-            ns_steps=ns_steps,
-            beta=momentum,
-            mu_dtype=mu_dtype,
-            weight_dimension_numbers=dimensions,
+            ns_steps=ns_steps, beta=momentum, mu_dtype=mu_dtype, weight_dimension_numbers=dimensions
         )
     else:
         muon = optax.chain(
@@ -242,11 +228,7 @@ def muonh(
 
 
 def _matrices(groups: Groups, tree: Any) -> Any:
-    """Muon's axes for each leaf with a group.
-
-    Raises:
-      ValueError: If a leaf with a group has no matrix.
-    """
+    """Muon's axes for each leaf with a group; raises a `ValueError` where there is no matrix."""
     leaves, treedef = _trees.visible_leaves(tree), _trees.flatten(tree)[1]
     axes: list[Any] = [None if leaf.value is None else False for leaf in leaves]
     for joint in joints_of(groups, tree):

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_learning_rate, check_number, check_transformation
+from spherical_optax._checks import (
+    check_adam,
+    check_learning_rate,
+    check_number,
+    check_transformation,
+)
 from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
 from spherical_optax._masks import Mask, in_groups
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._common import check_adam, decayed_weights
+from spherical_optax.optimizers._common import decayed_weights
 from spherical_optax.transforms import (
     center_updates,
     chain,
@@ -45,12 +50,10 @@ def rotational(
     length, as in `hyperball`.
 
     Args:
-      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
-        a whole optimizer, whose update has its sign turned already.
+      inner: The transformation that gives the direction, as in `hyperball`.
       average_angle: A number or a schedule, in radians per step.
       groups: See the module `spherical_optax.groups`.
-      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
-        to be given where there are such leaves. `inner` sees leaves with a group only.
+      other: The optimizer of leaves without a group, as in `hyperball`.
       radius: The radius to keep, as in `retract`.
       decay: Decay rate of the running mean of squared update norms, in [0, 1).
       eps: Added to the running norm.
@@ -61,10 +64,8 @@ def rotational(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If inner is no transformation or a number is out of range; at
-        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one
-        entry, is known to have norm zero or a mean that `center` forbids, inner's updates point
-        against the gradients, or other is missing.
+      TypeError, ValueError: Where `hyperball` raises; at `init`, also if a group is known to have
+        a mean that `center` forbids.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -164,14 +165,10 @@ def rotational_adamw(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.adamw`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
-        without a group.
-      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
-        a prefix of one, or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: It sets the angle; decoupled decay of leaves without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
       center: See `rotational`.
       radius: The radius to keep, as in `retract`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
@@ -180,8 +177,8 @@ def rotational_adamw(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
-        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, where
+        `rotational` raises, or if mask does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -228,12 +225,9 @@ def rotational_sgdm(
       momentum: Decay rate of the momentum, in [0, 1).
       groups: See the module `spherical_optax.groups`. Leaves without a group follow
         `optax.sgd` after `optax.add_decayed_weights`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: With the learning rate it sets the angle; factor of the L2 term of leaves
-        without a group, before the momentum, as the angle assumes.
-      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
-        a prefix of one, or a function of the parameters that returns one; all if `None`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: It sets the angle, and coupled decay of leaves without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
       center: See `rotational`.
       radius: The radius to keep, as in `retract`.
       accumulator_dtype: dtype of the momentum; the parameter's if `None`.
@@ -242,8 +236,8 @@ def rotational_sgdm(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
-        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, where
+        `rotational` raises, or if mask does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -290,14 +284,10 @@ def rotational_lion(
       learning_rate: A number or a schedule.
       b1: Weight of the momentum in the sign's argument, in [0, 1).
       b2: Decay rate of the momentum, in [0, 1).
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.lion`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: With the learning rate it sets the angle; decoupled decay of leaves
-        without a group.
-      mask: The leaves without a group that decay, as in `optax.adamw`: a tree of booleans, or
-        a prefix of one, or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.lion`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: It sets the angle; decoupled decay of leaves without a group.
+      mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
       center: See `rotational`.
       radius: The radius to keep, as in `retract`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
@@ -306,8 +296,8 @@ def rotational_lion(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, if
-        `groups` or `mask` does not fit the parameters, and where `rotational` raises.
+      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, where
+        `rotational` raises, or if mask does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -28,47 +28,35 @@ def sgdmrt(
     m = momentum m + (1 - dampening) g        x' = x - learning_rate m
     ```
 
-    There is no `nesterov`, as no such form is published: for one, put
-    `transport_moments(optax.trace(momentum, nesterov=True), groups)` before the learning rate.
+    Weight decay is coupled: weight_decay x is added to the gradient. For `nesterov` see `adams`.
 
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
-        `optax.sgd`.
-      other_learning_rate: That of leaves without a group, a number or a schedule;
-        `learning_rate` if `None`.
-      weight_decay: Factor of the coupled L2 term. In groups it acts 1 - momentum times as
-        strongly as in `optax.sgd` after `optax.add_decayed_weights`: its momentum is
-        radial, and not carried.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.sgd`.
+      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      weight_decay: In groups it acts 1 - momentum times as strongly as in `optax.sgd` after
+        `optax.add_decayed_weights`: its momentum is radial, and not carried.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       accumulator_dtype: dtype of the momentum; the parameter's if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
-        does not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
 
     Examples:
-      >>> import jax, jax.numpy as jnp, optax
+      >>> import jax.numpy as jnp
       >>> import spherical_optax as so
-      >>> loss = lambda x: -x[0] / jnp.linalg.norm(x)
-      >>> params = jnp.array([0., 1.])
       >>> tx = so.sgdmrt(0.1, groups=so.per_layer())
-      >>> state = tx.init(params)
-      >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{loss(params):.2f}")
-      -1.00
+      >>> params = jnp.array([3., 4.])
+      >>> tx.update(jnp.array([8., -6.]), tx.init(params), params)[0]
+      Array([-0.8, 0.6], dtype=float32)
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022.
+      Roburin et al., Neurocomputing 2022.
     """
     check_number("sgdmrt", "momentum", momentum, below=1)
     check_number("sgdmrt", "dampening", dampening, below=1)

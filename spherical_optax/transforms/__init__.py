@@ -25,10 +25,7 @@ from spherical_optax.transforms._normalize import (
     normalize_updates,
 )
 from spherical_optax.transforms._project import project_radial
-from spherical_optax.transforms._project_if_tangent import (
-    ProjectIfTangentState,
-    project_if_tangent,
-)
+from spherical_optax.transforms._project_if_tangent import ProjectIfTangentState, project_if_tangent
 from spherical_optax.transforms._radius import place_on_sphere
 from spherical_optax.transforms._retract import RetractState, retract
 from spherical_optax.transforms._split import SplitRadialState, split_radial

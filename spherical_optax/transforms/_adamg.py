@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_adam
 from spherical_optax._engine.layout import Layout, per_entry_in_groups, per_group
 from spherical_optax._engine.lift import lift
 from spherical_optax._engine.state import state_like, zero, zeros_per_group
@@ -60,8 +60,7 @@ def scale_by_adamg(
       A transformation with state `ScaleByAdamgState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -75,9 +74,7 @@ def scale_by_adamg(
     References:
       Cho and Lee, Riemannian approach to batch normalization, NeurIPS 2017 (Adam-G).
     """
-    check_number("scale_by_adamg", "b1", b1, below=1)
-    check_number("scale_by_adamg", "b2", b2, below=1)
-    check_number("scale_by_adamg", "eps", eps)
+    check_adam("scale_by_adamg", b1, b2, eps)
 
     def init(params: optax.Params) -> ScaleByAdamgState:
         layout = Layout.at_init("scale_by_adamg", groups, params)

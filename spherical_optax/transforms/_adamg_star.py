@@ -53,8 +53,7 @@ def scale_by_adamg_star(
       includes the learning rate's sign.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp

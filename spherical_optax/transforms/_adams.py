@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_adam
 from spherical_optax._engine.layout import Layout, per_entry, per_group_or_entry
 from spherical_optax._engine.lift import lift
 from spherical_optax._engine.state import state_like, zeros_per_group
@@ -47,9 +47,8 @@ def scale_by_adams(
     sqrt(d) mhat / (sqrt(vhat) + eps)
     ```
 
-    with d the entries per group and hats for Adam's bias corrections. A common scale
-    per group keeps the gradient's direction, which Adam deforms. Leaves without a
-    group get `optax.scale_by_adam`.
+    with d the entries per group and hats for Adam's bias corrections. One scale per group keeps the
+    gradient's direction, which Adam deforms. Leaves without a group get `optax.scale_by_adam`.
 
     Args:
       b1: Decay rate of the first moment, in [0, 1).
@@ -64,8 +63,7 @@ def scale_by_adams(
       A transformation with state `ScaleByAdamsState`.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -77,12 +75,9 @@ def scale_by_adams(
       [0.84852815 1.1313709 ] ()
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (AdamS).
+      Roburin et al., Neurocomputing 2022 (AdamS).
     """
-    check_number("scale_by_adams", "b1", b1, below=1)
-    check_number("scale_by_adams", "b2", b2, below=1)
-    check_number("scale_by_adams", "eps", eps)
+    check_adam("scale_by_adams", b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamsState:
@@ -118,14 +113,8 @@ def group_moment(
     v = b2 v + (1 - b2) radius^2 |g|^2        (1 - b1^t) (sqrt(vhat) / radius + eps)
     ```
 
-    Args:
-      square: |g|^2, one value per group.
-      state: With the fields `count`, of this step, and `nu`.
-      b1: Decay rate of the first moment.
-      b2: Decay rate of the second moment.
-      eps: Added to the root.
-      radius: A number or one value per group.
-      scale: The same, with 1 for a radius of 0.
+    with |g|^2 in `square`, t, of this step, and v in the state, and the radius in `scale` too,
+    with 1 in place of 0.
     """
     nu = state.nu
     first, second = (bias_correction(b, state.count, nu) for b in (b1, b2))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spherical_optax._checks import check_number
+from spherical_optax._checks import check_adam, check_number
 from spherical_optax._engine.layout import Layout, per_entry, per_group_or_entry
 from spherical_optax._engine.lift import lift
 from spherical_optax._engine.state import state_like, zeros_per_group
@@ -29,10 +29,8 @@ class ScaleByAdamsrtState(NamedTuple):
 
     Attributes:
       count: Number of updates so far.
-      mu: First moments of |x| g without their radial part, like the parameters; of g for a
-        leaf with no group.
-      nu: Second moments of |x| g, one per group; of g, like the parameter, for a leaf with
-        no group.
+      mu: First moments of |x| g without their radial part; of g for a leaf with no group.
+      nu: Second moments of |x| g, one per group; of g, one per entry, for a leaf with no group.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -54,8 +52,7 @@ class TransportedTraceState(NamedTuple):
 def carry(m: Vector, g: Vector, x: Vector, decay: Any) -> tuple[Vector, Any]:
     """Transports a moment to x, and adds a gradient: decay T(m) + g.
 
-    Returns:
-      The moment without its radial part, and the coefficient of x in this part, one per group.
+    The result comes without its radial part, and with the coefficients of x in this part.
     """
     square = x.square()
     tangent = m - x * safe_divide(m.inner(x), square)
@@ -99,8 +96,7 @@ def scale_by_adamsrt(
       A transformation with state `ScaleByAdamsrtState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,12 +108,9 @@ def scale_by_adamsrt(
       [0.      1.41421] [0.  0.8]
 
     References:
-      Roburin et al., Spherical perspective on learning with normalization layers,
-      Neurocomputing 2022 (AdamSRT).
+      Roburin et al., Neurocomputing 2022 (AdamSRT).
     """
-    check_number("scale_by_adamsrt", "b1", b1, below=1)
-    check_number("scale_by_adamsrt", "b2", b2, below=1)
-    check_number("scale_by_adamsrt", "eps", eps)
+    check_adam("scale_by_adamsrt", b1, b2, eps)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
 
     def init(params: optax.Params) -> ScaleByAdamsrtState:
@@ -160,9 +153,8 @@ def transported_trace(
     ```
 
     with T the transport from the last point to x, as in `transport_moments`. The updates are
-    those of `transport_moments(optax.trace(decay), groups)`, with fewer passes over memory.
-    The state holds the momentum of the gradient on the unit sphere, r g, without its radial
-    part.
+    those of `transport_moments(optax.trace(decay), groups)`, with fewer passes over memory. The
+    state holds the momentum of the gradient on the unit sphere, r g, without its radial part.
 
     Leaves without a group, and groups of one entry, get `optax.trace`.
 
@@ -175,8 +167,7 @@ def transported_trace(
       A transformation with state `TransportedTraceState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If decay is out of range; at `init`, if `groups` does not fit
-        the parameters.
+      TypeError, ValueError: If decay is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -18,8 +18,7 @@ def center_params(params: optax.Params, groups: Groups) -> optax.Params:
     |x| (x - mean(x)) / |x - mean(x)|
     ```
 
-    Call it before `init` of an optimizer that keeps weights centred, as
-    `rotational(..., center=True)` does.
+    Call it before `init` of one that keeps weights centred, as `rotational(..., center=True)`.
 
     Args:
       params: The parameters.

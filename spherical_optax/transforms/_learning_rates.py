@@ -20,10 +20,7 @@ Rates: TypeAlias = optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule]
 
 
 def scale_by_learning_rates(
-    learning_rate: Rates,
-    *,
-    groups: Groups,
-    other: optax.GradientTransformation | None = None,
+    learning_rate: Rates, *, groups: Groups, other: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales by minus the learning rate, which may be another one for leaves without a group.
 
@@ -39,9 +36,8 @@ def scale_by_learning_rates(
       learning_rate: A number or a schedule; or a dictionary from regular expressions on paths to
         these, of which the first found (`re.search`) decides, and which does part them.
       groups: See the module `spherical_optax.groups`.
-      other: The transformation of leaves without a group, sign included, such as
-        `optax.scale_by_learning_rate(1e-3)` or a whole optimizer; their rate is `learning_rate`
-        if `None`.
+      other: The transformation of leaves without a group, sign included, such as a whole optimizer
+        or `optax.scale_by_learning_rate(1e-3)`; their rate is `learning_rate` if `None`.
 
     Returns:
       A transformation with the state of `optax.scale_by_learning_rate`; with `other`, that of

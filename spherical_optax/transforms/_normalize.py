@@ -30,9 +30,7 @@ class NormalizeUpdatesState(NamedTuple):
 
 
 def normalize_updates(
-    groups: Groups,
-    decay: jax.typing.ArrayLike | None = None,
-    eps: jax.typing.ArrayLike = 0.0,
+    groups: Groups, decay: jax.typing.ArrayLike | None = None, eps: jax.typing.ArrayLike = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each group's update to the length of its weights.
 
@@ -58,8 +56,7 @@ def normalize_updates(
       needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does
-        not fit the parameters.
+      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,11 +131,8 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
-        state: optax.EmptyState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.EmptyState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
         del extra_args
         check_type("center_updates", state, optax.EmptyState)
         like = updates if params is None else None

@@ -28,8 +28,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = optax.chain(so.project_radial(groups=so.per_layer()), optax.sgd(1.0))
       >>> params = jnp.array([2., 0.])

@@ -58,8 +58,7 @@ def project_if_tangent(
         projected, and decay in full.
       delta: Threshold of the cosine, at least 0.
       weight_decay: Decoupled decay, before the learning rate.
-      mask: The leaves that decay, as in `optax.adamw`: a tree of booleans, or a prefix of one,
-        or a function of the parameters that returns one; all if `None`.
+      mask: The leaves that decay, as in `optax.adamw`; all if `None`.
       wd_ratio: Factor of the decay where projected, in [0, 1].
       first_moments: Fields of the inner state to project where the update is, as the
         published SGDP does to its momentum.
@@ -69,13 +68,11 @@ def project_if_tangent(
 
     Raises:
       TypeError, ValueError: If inner is no transformation or a number is out of range; at
-        `init`, if `groups` does
-        not fit the parameters, the leaves of a joint label form different numbers of layers,
+        `init`, if groups do not fit, the leaves of a joint label form different numbers of layers,
         or a name is no field of the inner state.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = so.project_if_tangent(optax.trace(0.9), groups=so.per_layer())
       >>> params = jnp.array([1., 0.])
@@ -88,15 +85,9 @@ def project_if_tangent(
     References:
       Heo et al., AdamP, ICLR 2021, algorithm 2 and equation 11.
     """
+    who = "project_if_tangent"
     return project_if_tangent_as(
-        "project_if_tangent",
-        inner,
-        groups,
-        delta=delta,
-        weight_decay=weight_decay,
-        mask=mask,
-        wd_ratio=wd_ratio,
-        first_moments=first_moments,
+        who, inner, groups, delta, weight_decay, mask, wd_ratio, first_moments
     )
 
 
@@ -104,11 +95,10 @@ def project_if_tangent_as(
     who: str,
     inner: optax.GradientTransformation,
     groups: Groups,
-    *,
-    delta: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
+    delta: Any,
+    weight_decay: Any,
     mask: Mask,
-    wd_ratio: jax.typing.ArrayLike,
+    wd_ratio: Any,
     first_moments: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """`project_if_tangent` under the name of the function that was called."""
@@ -142,20 +132,17 @@ def project_if_tangent_as(
         kept, inner_treedef = _trees.flatten(inner_state)
         fields, _ = find_moments(inner_state, params, names)
         decays = in_mask(who, mask, params)
-        decayed = (
-            ()
-            if all(decays)
-            else treedef.unflatten(
-                [leaf if decays[i] else _zeros(leaf) for i, leaf in enumerate(x)]
-            )
-        )
+        decayed: Any = ()
+        if not all(decays):
+            pairs = zip(x, decays, strict=True)
+            decayed = treedef.unflatten([leaf if own else _zeros(leaf) for leaf, own in pairs])
         moments, points = [], []
         for field in fields:
             own = [kept[field[i]] if i in field else None for i in range(len(x))]
-            pairs = list(zip(own, x, strict=True))
-            moments.append([_zeros(leaf) if moment is None else moment for moment, leaf in pairs])
+            both = list(zip(own, x, strict=True))
+            moments.append([_zeros(leaf) if moment is None else moment for moment, leaf in both])
             # Of a joint group, the inner state may keep the moments of some leaves only.
-            points.append([_zeros(leaf) if moment is None else leaf for moment, leaf in pairs])
+            points.append([_zeros(leaf) if moment is None else leaf for moment, leaf in both])
         trees = [tuple(map(treedef.unflatten, lists)) for lists in (moments, points)]
         seen = (updates, decayed, *trees)
         step = _step(who, groups, delta, weight_decay, wd_ratio, decays, len(fields))
@@ -232,9 +219,8 @@ def _check_layers(who: str, joints: list[Joint], params: Any) -> None:
         }
         if len(set(counts.values())) > 1:
             raise ValueError(
-                f"{who}: joint label {next(iter(joint.values())).joint!r}: expected "
-                f"as many layers on all its leaves, found {counts}; all index axes but the last "
-                "index the layers."
+                f"{who}: joint label {next(iter(joint.values())).joint!r}: expected as many layers "
+                f"on all its leaves, found {counts}; all index axes but the last index the layers."
             )
 
 

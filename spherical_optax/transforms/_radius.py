@@ -47,11 +47,7 @@ def remembered(target: jax.Array, r: jax.Array) -> jax.Array:
 
 
 def radii_of(who: str, radius: Any, joints: list[Joint], params: Any) -> list[Any]:
-    """The radius of each joint's groups, one number for all of them.
-
-    Raises:
-      ValueError: If a rule is missing for a joint, or matches none, or joint leaves disagree.
-    """
+    """The radius of each joint's groups, one number for all; raises where a rule does not fit."""
     leaves = _trees.visible_leaves(params)
     said: list[Any] = [radius] * len(joints)
     if isinstance(radius, Mapping) and leaves:

@@ -85,8 +85,7 @@ def retract(
       UserWarning: At `init`, traced or not, if a group whose length is to be kept has length 0.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = optax.chain(optax.sgd(0.1), so.retract(groups=so.per_layer()))
       >>> params = jnp.array([3., 4.])
@@ -173,11 +172,8 @@ def _by_function(
         return optax.EmptyState()
 
     def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
         del extra_args
         layout = Layout.read("retract", groups, params, updates)
         x, v = layout.params, layout.updates

@@ -22,8 +22,7 @@ class SplitRadialState(NamedTuple):
     """State of `split_radial`.
 
     Attributes:
-      lengths: The length of each group, a tree like the parameters with 0 for leaves without a
-        group.
+      lengths: The length of each group; 0 for leaves without a group.
       tangent_state: The state of the transformation of directions.
       radial_state: That of lengths.
     """
@@ -34,9 +33,7 @@ class SplitRadialState(NamedTuple):
 
 
 def split_radial(
-    tangent: optax.GradientTransformation,
-    radial: optax.GradientTransformation,
-    groups: Groups,
+    tangent: optax.GradientTransformation, radial: optax.GradientTransformation, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
     """Optimizes the direction and the length of each group apart; put it last in a chain.
 

@@ -31,8 +31,7 @@ class TransportMomentsState(NamedTuple):
 
     Attributes:
       radius: |x| of each group at the last update, 0 before the first.
-      inner_state: The wrapped transformation's state; the first moments in it have no
-        radial part.
+      inner_state: The wrapped transformation's state; the first moments in it have no radial part.
     """
 
     radius: optax.Params
@@ -56,24 +55,21 @@ def transport_moments(
     t = m - <m, u'> u'        m <- (r / r') |m| t / |t|        v <- (r / r')^2 v
     ```
 
-    After it the first moments' radial part is dropped. Where the step lay in the plane of
-    x and m, as for AdamS and momentum SGD, this is the parallel transport along the arc
-    from the old direction to the new; otherwise it is isometric, and equal to it up to
-    second order in the angle. The rescaling follows from gradients being of degree -1 in
-    the radius. Only where the parameters are now is looked at, so it is right whatever
-    moved them: schedules, decay, skipped steps, a restored checkpoint.
+    After it the first moments' radial part is dropped. Where the step lay in the plane of x and m,
+    as for AdamS and momentum SGD, this is the parallel transport along the arc from the old
+    direction to the new; otherwise it is isometric, and equal to it up to second order in the
+    angle. The rescaling follows from gradients being of degree -1 in the radius. Only where the
+    parameters are now is looked at, so it is right whatever moved them: schedules, decay, skipped
+    steps, a restored checkpoint. Moments of groups of one entry, which have no tangent space, and
+    of norm zero are left alone.
 
-    A group of one entry has no tangent space and a group of norm zero no direction:
-    their moments are left alone.
-
-    A second moment must be of degree -2, an average of squared gradients. The infinity
-    norm that `optax.scale_by_adamax` keeps under the name `nu` is not: give it
-    `second_moments=()`. Moments under other names are carried only if named:
-    `second_moments=("nu", "nu_max")` for `optax.scale_by_amsgrad`.
+    A second moment must be of degree -2, an average of squared gradients. The infinity norm that
+    `optax.scale_by_adamax` keeps as `nu` is not: give it `second_moments=()`. Moments under other
+    names are carried if named: `second_moments=("nu", "nu_max")` for `optax.scale_by_amsgrad`.
 
     Args:
-      inner: The transformation whose moments are carried, for example
-        `optax.trace(0.9)`; chains and injected hyperparameters may be around it.
+      inner: The transformation whose moments are carried, as `optax.trace(0.9)`; chains and
+        injected hyperparameters may be around it.
       groups: See the module `spherical_optax.groups`.
       first_moments: Fields of the inner state that hold first moments.
       second_moments: Fields that hold second moments, per entry or per group.
@@ -89,8 +85,7 @@ def transport_moments(
         inner carries it already; or if `groups` does not fit.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
+      >>> import jax.numpy as jnp, optax
       >>> import spherical_optax as so
       >>> tx = so.transport_moments(optax.trace(decay=0.9), groups=so.per_layer())
       >>> params = jnp.array([1., 0.])
@@ -175,12 +170,8 @@ def transport_moments(
 
 def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
     """Raises a `ValueError` if a transformation in the inner one carries a moment itself."""
-    carrying = (
-        TransportMomentsState,
-        ScaleByAdamgState,
-        ScaleByAdamsrtState,
-        TransportedTraceState,
-    )
+    of_ours = ScaleByAdamgState, ScaleByAdamsrtState, TransportedTraceState
+    carrying = TransportMomentsState, *of_ours
     kept = _trees.visible_leaves(inner_state)
     first, second = find_moments(inner_state, params, names)
     moments = [kept[place] for field in first + second for place in field.values()]
