@@ -68,9 +68,7 @@ def chain(
     def init(params: optax.Params) -> optax.OptState:
         return tuple(part.init(params) for part in transformations)
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None and needs_params:
             raise no_params(name)
         if len(state) != len(transformations):

@@ -17,9 +17,7 @@ def foreign(who: str, tx: optax.GradientTransformation) -> optax.GradientTransfo
     """
     tx = optax.with_extra_args_support(tx)
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is not None:
             check_state(who, tx, state, params)
             leaves, back = aligned(who, params, updates)

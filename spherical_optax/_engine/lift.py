@@ -26,9 +26,7 @@ def lift(step: Step) -> Lifted:
     """The transformation that a step is."""
     update_all = lift_together([step])
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         updates, [state] = update_all(updates, [state], params, **extra_args)
         return updates, state
 

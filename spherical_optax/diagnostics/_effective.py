@@ -237,12 +237,7 @@ def record_effective_learning_rate(
                 check(run)
         return RecordEffectiveLearningRateState(blank_records(layout, params), inner_state)
 
-    def update(
-        updates: optax.Updates,
-        state: RecordEffectiveLearningRateState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RecordEffectiveLearningRateState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         check_type(WHO, state, RecordEffectiveLearningRateState)
         steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
         layout = Layout.read(WHO, groups, params, updates, (steps, per_entry))

@@ -224,9 +224,7 @@ def _recorder(
         layout = Layout.at_init(who, groups, params)
         return state_type(blank_records(layout, params, metrics))
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         check_type(who, state, state_type)
         layout = Layout.read(who, groups, params, updates)

@@ -4,10 +4,12 @@ from typing import Any
 
 import optax
 
-from spherical_optax._checks import check_learning_rate, check_number
+from spherical_optax._checks import check_learning_rate, check_number, check_transformation
+from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
 from spherical_optax._engine.layout import no_params
-from spherical_optax._masks import Mask, checked
+from spherical_optax._masks import Mask, checked, in_groups
 from spherical_optax.groups import Groups
+from spherical_optax.transforms import chain, retract
 from spherical_optax.transforms._learning_rates import Rates, learning_rates_as
 
 
@@ -23,9 +25,7 @@ def decayed_weights(who: str, weight_decay: Any, mask: Mask) -> optax.GradientTr
         return optax.identity()
     tx = optax.add_decayed_weights(weight_decay, None if mask is None else checked(who, mask))
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise no_params(who)
         return tx.update(updates, state, params)
@@ -55,3 +55,29 @@ def no_weight_decay(who: str, weight_decay: Any) -> None:
             "fixed, so it would do nothing there. That of other leaves goes with their optimizer: "
             f"{who}(..., other=optax.adamw(learning_rate, weight_decay=...))."
         )
+
+
+def at_fixed_radius(
+    who: str,
+    inner: Any,
+    step: tuple[optax.GradientTransformation, ...],
+    angle: Rates,
+    groups: Groups,
+    other: Any,
+    radius: Any,
+    *,
+    center: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Groups take steps of an angle along the direction of inner, and keep a radius."""
+    check_transformation(who, inner)
+    initial = isinstance(radius, str) and radius == "initial"
+    return chain(
+        require_spheres(who, groups, center=center, warn=not initial),  # retract warns of its own
+        require_other(who, groups, other),
+        require_direction(who, inner, groups),
+        optax.masked(inner, in_groups(groups, True)),
+        *step,
+        learning_rates_as(who, angle, groups, other),
+        retract(groups, radius),
+        who=who,
+    )

@@ -7,13 +7,11 @@ import optax
 from optax import contrib
 
 from spherical_optax import _trees
-from spherical_optax._checks import check_adam, check_number, check_transformation
-from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
-from spherical_optax._masks import in_groups
+from spherical_optax._checks import check_adam, check_number
 from spherical_optax.groups import Groups, RadialGroup, joints_of
-from spherical_optax.optimizers._common import no_weight_decay
-from spherical_optax.transforms import chain, normalize_updates, retract
-from spherical_optax.transforms._learning_rates import Rates, learning_rates_as
+from spherical_optax.optimizers._common import at_fixed_radius, no_weight_decay
+from spherical_optax.transforms import normalize_updates
+from spherical_optax.transforms._learning_rates import Rates
 from spherical_optax.transforms._radius import Radius
 
 
@@ -77,18 +75,8 @@ def _hyperball(
     who: str, inner: Any, learning_rate: Rates, groups: Groups, other: Any, radius: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Hyperball under the name of the function that was called."""
-    check_transformation(who, inner)
-    initial = isinstance(radius, str) and radius == "initial"
-    return chain(
-        require_spheres(who, groups, warn=not initial),  # retract warns of its own
-        require_other(who, groups, other),
-        require_direction(who, inner, groups),
-        optax.masked(inner, in_groups(groups, True)),
-        normalize_updates(groups),
-        learning_rates_as(who, learning_rate, groups, other),
-        retract(groups, radius),
-        who=who,
-    )
+    step = (normalize_updates(groups),)
+    return at_fixed_radius(who, inner, step, learning_rate, groups, other, radius)
 
 
 def adamh(

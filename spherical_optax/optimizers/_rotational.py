@@ -11,20 +11,15 @@ from spherical_optax._checks import (
     check_adam,
     check_learning_rate,
     check_number,
-    check_transformation,
 )
-from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
-from spherical_optax._masks import Mask, in_groups
+from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
-from spherical_optax.optimizers._common import decayed_weights
+from spherical_optax.optimizers._common import at_fixed_radius, decayed_weights
 from spherical_optax.transforms import (
     center_updates,
-    chain,
     normalize_updates,
     project_radial,
-    retract,
 )
-from spherical_optax.transforms._learning_rates import learning_rates_as
 from spherical_optax.transforms._radius import Radius
 
 
@@ -98,19 +93,12 @@ def _rotational(
     eps: Any = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     """The rotational variant under the name of the function that was called."""
-    check_transformation(who, inner)
-    return chain(
-        require_spheres(who, groups, center=center),
-        require_other(who, groups, other),
-        require_direction(who, inner, groups),
-        optax.masked(inner, in_groups(groups, True)),
+    step = (
         center_updates(groups) if center else optax.identity(),
         project_radial(groups),
         normalize_updates(groups, decay=decay, eps=eps),
-        learning_rates_as(who, average_angle, groups, other),
-        retract(groups, radius),
-        who=who,
     )
+    return at_fixed_radius(who, inner, step, average_angle, groups, other, radius, center=center)
 
 
 def _equilibrium(

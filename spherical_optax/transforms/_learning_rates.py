@@ -1,5 +1,6 @@
 """Learning rates: one for groups, and another, or any transformation, for all other leaves."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -10,7 +11,7 @@ from spherical_optax import _trees
 from spherical_optax._checks import check_learning_rate, check_transformation
 from spherical_optax._engine.foreign import foreign
 from spherical_optax._engine.layout import Layout, aligned
-from spherical_optax._engine.lift import Lifted, lift
+from spherical_optax._engine.lift import lift
 from spherical_optax._engine.step import NOT_PER_LEAF, Step
 from spherical_optax._masks import in_groups
 from spherical_optax.groups import Groups, by_rule, check_rules, check_used, joints_of
@@ -72,58 +73,37 @@ def learning_rates_as(
     check_learning_rate(who, learning_rate)
     rate = optax.scale_by_learning_rate(learning_rate)
     if other is None:
-        return _everywhere(who, rate, groups)
-    inside, outside = _in_groups_only(who, rate, groups), _elsewhere_only(who, other, groups)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return inside.init(params), outside.init(params)
-
-    def prepare(layout: Layout, state: Any) -> Any:
-        inside_state, on_group = inside.step.prepare(layout, state[0])
-        return (inside_state, outside.step.prepare(layout, state[1])[0]), on_group
-
+        init: Any = rate.init
+        prepare: Any = functools.partial(_one_rate, rate)
+    else:
+        inside = optax.masked(rate, in_groups(groups, True))
+        outside = optax.masked(other, in_groups(groups, False))
+        init = lambda params: (inside.init(params), outside.init(params))  # noqa: E731
+        prepare = functools.partial(_two_rates, who, rate, foreign(who, outside))
     return lift(Step(who, groups, init, NOT_PER_LEAF, prepare, needs_params=False))
 
 
-def _everywhere(who: str, rate: optax.GradientTransformation, groups: Groups) -> Lifted:
-    """A transformation that multiplies all entries by one number, as a step."""
-
-    def prepare(layout: Layout, state: Any) -> Any:
-        leaves = [jnp.ones(()), *(layout.updates[i] for i in layout.rest)]
-        (factor, *scaled), state = rate.update(leaves, state)
-        for i, leaf in zip(layout.rest, scaled, strict=True):
-            layout.updates[i] = leaf
-        return state, lambda v, x, state: (v * factor, state)
-
-    return lift(Step(who, groups, rate.init, NOT_PER_LEAF, prepare, needs_params=False))
+def _one_rate(rate: optax.GradientTransformation, layout: Layout, state: Any) -> Any:
+    """One rate for all leaves."""
+    leaves = [jnp.ones(()), *(layout.updates[i] for i in layout.rest)]
+    (factor, *scaled), state = rate.update(leaves, state)
+    for i, leaf in zip(layout.rest, scaled, strict=True):
+        layout.updates[i] = leaf
+    return state, lambda v, x, state: (v * factor, state)
 
 
-def _in_groups_only(who: str, rate: optax.GradientTransformation, groups: Groups) -> Lifted:
-    """The same for leaves with a group."""
-    masked = optax.masked(rate, in_groups(groups, True))
-
-    def prepare(layout: Layout, state: Any) -> Any:
-        del layout
-        factor, inner_state = rate.update(jnp.ones(()), state.inner_state)
-        state = state._replace(inner_state=inner_state)
-        return state, lambda v, x, state: (v * factor, state)
-
-    return lift(Step(who, groups, masked.init, NOT_PER_LEAF, prepare, needs_params=False))
-
-
-def _elsewhere_only(who: str, tx: optax.GradientTransformation, groups: Groups) -> Lifted:
-    """Any transformation of leaves without a group, as a step that leaves groups alone."""
-    masked = foreign(who, optax.masked(tx, in_groups(groups, False)))
-
-    def prepare(layout: Layout, state: Any) -> Any:
-        updates, like = layout.trees(layout.updates)[0], layout.like
-        updates, state = masked.update(updates, state, layout.tree, **layout.extra_args)
-        leaves = aligned(who, like, updates)[0]
-        for i in layout.rest:
-            layout.updates[i] = leaves[i]
-        return state, lambda v, x, state: (v, state)
-
-    return lift(Step(who, groups, masked.init, NOT_PER_LEAF, prepare, needs_params=False))
+def _two_rates(who: str, rate: Any, outside: Any, layout: Layout, state: Any) -> Any:
+    """A rate for groups, and a masked transformation for all other leaves."""
+    (inside_state, outside_state), updates = state, layout.trees(layout.updates)[0]
+    factor, inner_state = rate.update(jnp.ones(()), inside_state.inner_state)
+    updates, outside_state = outside.update(
+        updates, outside_state, layout.tree, **layout.extra_args
+    )
+    leaves = aligned(who, layout.like, updates)[0]
+    for i in layout.rest:
+        layout.updates[i] = leaves[i]
+    state = (inside_state._replace(inner_state=inner_state), outside_state)
+    return state, lambda v, x, state: (v * factor, state)
 
 
 def _rates_by_path(

@@ -130,9 +130,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
         Layout.at_init("center_updates", groups, params)
         return optax.EmptyState()
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         check_type("center_updates", state, optax.EmptyState)
         like = updates if params is None else None

@@ -118,12 +118,7 @@ def project_if_tangent_as(
             check_moments(who, inner_state, params, joints, names)
         return ProjectIfTangentState(inner_state)
 
-    def update(
-        updates: optax.Updates,
-        state: ProjectIfTangentState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ProjectIfTangentState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         check_type(who, state, ProjectIfTangentState)
         if params is None:
             raise no_params(who)

@@ -171,9 +171,7 @@ def _by_function(
         Layout.at_init("retract", groups, params, keeps_radius=True)
         return optax.EmptyState()
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del extra_args
         layout = Layout.read("retract", groups, params, updates)
         x, v = layout.params, layout.updates

@@ -83,12 +83,7 @@ def split_radial(
         lengths = at_length.init(params).target_radius
         return SplitRadialState(lengths, parts[0].init(params), parts[1].init(lengths))
 
-    def update(
-        updates: optax.Updates,
-        state: SplitRadialState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SplitRadialState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         check_type("split_radial", state, SplitRadialState)
         field = (state.lengths, per_group)
         layout = Layout.read("split_radial", groups, params, updates, field)

@@ -113,12 +113,7 @@ def transport_moments(
         radius = state_like(params, zeros_per_group(layout), zero)
         return TransportMomentsState(radius=radius, inner_state=inner_state)
 
-    def update(
-        updates: optax.Updates,
-        state: TransportMomentsState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TransportMomentsState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         check_type("transport_moments", state, TransportMomentsState)
         radii = (state.radius, per_group)
         layout = Layout.read(
