@@ -229,11 +229,11 @@ def main(config: Config) -> None:
     }
     before = report.get("results", {}).get(version, {})
     report.setdefault("results", {})[version] = before | results
+    settings = {name: getattr(config, name) for name in ("width", "depth", "rounds")}
+    path.write_text(json.dumps(report | {"machine": machine(), "settings": settings}, indent=1))
     for each, networks in report["results"].items():
         for name, rows in networks.items():
             show(each, name, rows)
-    settings = {name: getattr(config, name) for name in ("width", "depth", "rounds")}
-    path.write_text(json.dumps(report | {"machine": machine(), "settings": settings}, indent=1))
     print(f"\nAdded: medians (quartiles) of the rounds. Wrote {path}.")
 
 
