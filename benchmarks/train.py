@@ -8,7 +8,7 @@ and a transformer of 24 unrolled layers, whose update alone is traced and compil
 run interleaved. Results of several versions of JAX are kept beside each other.
 
     make bench-train
-    .venv/bin/python benchmarks/train.py --network columns --optimizer adamsrt adamh
+    .venv/bin/python benchmarks/train.py --network columns --optimizer adamsrt hyperball
 """
 
 import dataclasses
