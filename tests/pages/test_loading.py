@@ -64,7 +64,7 @@ def test_the_scan_allows():
 
 
 # A restricted unpickler, which calls nothing that a file names, and its tests with hostile files.
-UNPICKLING = ("examples/paper/unpickle.py", "tests/test_paper.py")
+UNPICKLING = ("examples/paper/unpickle.py", "tests/programs/test_paper.py")
 
 
 def test_nothing_unpickles():
@@ -76,7 +76,7 @@ def test_nothing_unpickles():
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for number, (source, _) in enumerate(blocks(path.relative_to(ROOT)), start=1):
             programs[f"{path.name}, example {number}"] = source
-    assert {"tests/test_loading.py", "README.md, example 1"} <= set(programs)
+    assert {"tests/pages/test_loading.py", "README.md, example 1"} <= set(programs)
     for reviewed in UNPICKLING:
         assert list(unsafe_loads(programs.pop(reviewed)))
     found = {name: list(unsafe_loads(source)) for name, source in programs.items()}
