@@ -33,7 +33,8 @@ def test_step(tmp_path):
     assert [adam["optimizer"], fused["optimizer"], composed["optimizer"]] == names
     assert adam["to adam"]["median"] == 1
     assert fused["copies of 16384 entries and more"] == 0
-    bound = 0.1 if jax.__version_info__ >= (0, 10, 2) else 0.2  # older XLA allocates more
+    # Parts of five sums, of a sixteenth of each leaf; older XLA allocates more.
+    bound = 0.35 if jax.__version_info__ >= (0, 10, 2) else 0.5
     assert fused["temporary bytes per parameter"] <= bound * 4
     assert composed["copies of 16384 entries and more"] > 0
     assert f"{fused['to adam']['median']:.2f}" in printed
