@@ -131,7 +131,15 @@ def _rates_by_path(
     tx = optax.partition({**rates, "": rest}, labels)
 
     def init(params: optax.Params) -> optax.OptState:
-        check_used(who, "learning_rate", rules, joints_of(groups, params), params)
+        layout = Layout.at_init(who, groups, params)
+        check_used(who, "learning_rate", rules, layout.joints, params)
+        if layout.rest and other is None:
+            leaves = _trees.visible_leaves(params)
+            raise ValueError(
+                f"{who}: expected other for leaves without a group, "
+                f"{[leaves[i].path for i in layout.rest]}, found None: no rule of learning_rate is "
+                "for them; pass other=optax.scale_by_learning_rate(1e-3), or a whole optimizer."
+            )
         return tx.init(params)
 
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)

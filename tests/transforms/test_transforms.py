@@ -427,3 +427,19 @@ def test_repeated_rounding_does_not_drift():
 def test_bad_retraction(kwargs, error, message):
     with pytest.raises(error, match=message):
         so.retract(FILTER, **kwargs)
+
+
+def test_rates_by_path_do_not_freeze_leaves_without_a_group():
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    groups, rules = {"kernel": FILTER, "bias": None}, {"kernel": 0.1}
+    message = (
+        r"scale_by_learning_rates: expected other for leaves without a group, \['bias'\], found "
+        r"None: .*pass other=optax\.scale_by_learning_rate"
+    )
+    with pytest.raises(ValueError, match=message):
+        so.scale_by_learning_rates(rules, groups=groups).init(params)
+    other = optax.scale_by_learning_rate(0.5)
+    tx = so.scale_by_learning_rates(rules, groups=groups, other=other)
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.1)
+    np.testing.assert_allclose(updates["bias"], -0.5)
