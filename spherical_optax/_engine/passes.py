@@ -67,7 +67,9 @@ def two_passes(
     products = dict(zip(wanted, sums, strict=True))
     update, new = run(space(product=lambda *pair: products[pair]))
     if any(new[place] is not given[place] for place in range(len(shapes)) if place not in own):
-        raise TypeError("a step changed what is not per leaf in a group; change it in prepare.")
+        raise TypeError(
+            "expected the state's other parts as `prepare` left them, found changed ones."
+        )
 
     made: dict[Any, Any] = dict(arrays)
     for vector, parts in _coefficients([update, *(new[place] for place in names)]).items():

@@ -1,8 +1,9 @@
 """Sums as XLA's CPU compiler makes them in few passes over memory.
 
-Left to itself it makes a pass for each sum. Inside a training step AdamSRT then adds 1.6 to 1.9
-times what Adam adds, AdamG 2.2 to 2.3; with these 0.9 to 1.3 and 1.1 to 1.4 (JAX 0.10.2 and 0.12.0,
-`benchmarks/train.py`). The test of fewer passes in `tests/xla/test_products.py` notices.
+Left to itself it makes a pass for each sum. Inside a training step AdamSRT then added 1.6 to 1.9
+times what Adam adds, AdamG 2.2 to 2.3, in a trial that no command prints; with these they add 1.0
+to 1.2 and 1.1 to 1.2 (JAX 0.10.2 and 0.12.0, `make bench-train`). The test of fewer passes in
+`tests/xla/test_products.py` notices.
 """
 
 import math

@@ -1,8 +1,9 @@
 """Sums as XLA's GPU compiler makes them with few kernels and few bytes.
 
 Left to itself it makes one kernel for each sum, or stores the products: AdamSRT's step of the
-ResNet18 tree moves 44.6 bytes a parameter on an H100 with plain sums, and 33.3 with these (JAX
-0.10.2, `make bench-compiled`). `tests/benchmarks/test_compiled.py` notices.
+ResNet18 tree moved 44.6 bytes a parameter on an H100 with plain sums, in a trial that no command
+prints, and moves 33.3 with these (JAX 0.10.2, `make bench-compiled`).
+`tests/benchmarks/test_compiled.py` notices.
 """
 
 import functools

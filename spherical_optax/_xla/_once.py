@@ -13,8 +13,8 @@ def materialize(x: jax.Array) -> jax.Array:
     """The array as it is, which XLA's GPU compiler shall store where it is used twice.
 
     Adam's direction would be made of its moments again for each sum: AdamP's step of the ResNet18
-    tree moves 53.0 bytes a parameter on an H100, and 49.0 with this (JAX 0.10.2, `make
-    bench-compiled`). `tests/benchmarks/test_compiled.py` notices.
+    tree moved 53.0 bytes a parameter on an H100 without this, in a trial that no command prints,
+    and moves 49.0 (JAX 0.10.2, `make bench-compiled`). `tests/benchmarks/test_compiled.py` notices.
     """
     return lax.platform_dependent(x, cuda=lax.optimization_barrier, default=lambda x: x)
 
@@ -22,9 +22,9 @@ def materialize(x: jax.Array) -> jax.Array:
 def compute_once(values: Sequence[jax.Array]) -> Sequence[jax.Array]:
     """Values per group, of one shape, which no compiler shall compute again for each entry.
 
-    Only XLA's CPU compiler does. Barriers are gone when it fuses, but quotients it computes once:
-    the bare step of AdamG takes 1.2 times Adam's in place of 1.7 (JAX 0.10.2). A test of what
-    groups share, in `tests/transforms/test_adamsrt.py`, notices.
+    Only XLA's CPU compiler does. Barriers are gone when it fuses, but quotients it computes once.
+    In a trial that no command prints the bare step of AdamG took 1.2 times Adam's in place of 1.7
+    (JAX 0.10.2). A test of what groups share, in `tests/transforms/test_adamsrt.py`, notices.
     """
     if not on_one_device():
         return values
