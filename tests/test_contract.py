@@ -108,6 +108,11 @@ def split_radial(decay, learning_rate, groups):
     return so.split_radial(tangent, optax.adam(learning_rate), groups)
 
 
+def decay_to_initial(weight_decay, groups):
+    """It knows no groups."""
+    return so.add_decay_to_initial(weight_decay)
+
+
 def effective(learning_rate, momentum, groups):
     return so.record_effective_learning_rate(optax.sgd(learning_rate, momentum), groups)
 
@@ -167,6 +172,7 @@ TABLE = {
     "normalize_updates": Entry(so.normalize_updates, {}),
     "normalize_updates(decay)": Entry(so.normalize_updates, {"decay": 0.8, "eps": 1e-6}),
     "center_updates": Entry(so.center_updates, {}),
+    "add_decay_to_initial": Entry(decay_to_initial, {"weight_decay": 0.1}),
     "project_if_tangent": Entry(
         project_if_tangent,
         {"decay": 0.8, "delta": 1.0, "weight_decay": 0.1},
@@ -681,6 +687,7 @@ OPTIMIZERS += ["rotational_adamw", "rotational_sgdm", "rotational_lion"]
         ("retract", "retract"),
         ("record_sphere", "record_sphere"),
         ("record_gradient", "record_gradient"),
+        ("add_decay_to_initial", "add_decay_to_initial"),
         *((name, name.partition("(")[0]) for name in OPTIMIZERS),
     ],
 )

@@ -1,5 +1,6 @@
 """Hyperball: steps of a given angle at a fixed radius, along any direction, Adam's or Muon's."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -148,6 +149,7 @@ def muonh(
     bias_correction: bool = True,
     ns_steps: int = 5,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_dimension_numbers: Any = None,
     radius: Radius | Literal["initial"] = "initial",
     weight_decay: None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -160,7 +162,9 @@ def muonh(
 
     with r the length that training begins with. The matrix of a group is its two axes; those that
     index groups, as of stacked layers and experts, are batch axes. Of a leaf of two axes whose
-    groups are rows or columns, Muon's matrix is the leaf.
+    groups are rows or columns, Muon's matrix is the leaf. The kernel of a convolution, a window of
+    equal sizes up to 7 in front as in `(h, w, in, out)`, is a matrix `(h w in, out)`. Of all else
+    `weight_dimension_numbers` says which axes are a matrix's rows, and which its columns.
 
     Args:
       learning_rate: The length of a step relative to the radius, as in `hyperball`.
@@ -171,6 +175,11 @@ def muonh(
         `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.
       ns_steps: Newton-Schulz iterations.
       mu_dtype: dtype of the momentum; the parameter's if `None`.
+      weight_dimension_numbers: An `optax.contrib.MuonDimensionNumbers` for all leaves with a
+        group, a tree of them like params, or a function from params to such a tree, as in
+        `optax.contrib.muon`; where it has `None`, as described above. Such as
+        `MuonDimensionNumbers(0, (1, 2))` for queries `(d, heads, k)`, and `((0, 1), 2)` for the
+        way back `(heads, k, d)`. Axes that it does not name are batch axes.
       radius: The radius to keep, as in `hyperball`.
       weight_decay: Nothing, as the error says: other leaves have the decay of `other`.
 
@@ -178,8 +187,8 @@ def muonh(
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if a group is no matrix, and
-        where `hyperball` raises.
+      TypeError, ValueError: If a number is out of range; at `init`, if it is not known which axes
+        are a matrix's, or they do not fit, and where `hyperball` raises.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -199,7 +208,7 @@ def muonh(
     no_weight_decay("muonh", weight_decay)
 
     def dimensions(tree: Any) -> Any:
-        return _matrices(groups, tree)
+        return _matrices(groups, weight_dimension_numbers, tree)
 
     if bias_correction:
         muon = contrib.scale_by_muon(
@@ -215,25 +224,68 @@ def muonh(
     return _hyperball("muonh", muon, learning_rate, groups, other, radius)
 
 
-def _matrices(groups: Groups, tree: Any) -> Any:
-    """Muon's axes for each leaf with a group; raises a `ValueError` where there is no matrix."""
+def _matrices(groups: Groups, given: Any, tree: Any) -> Any:
+    """Muon's axes for each leaf with a group; raises a `ValueError` where they are not known."""
     leaves, treedef = _trees.visible_leaves(tree), _trees.flatten(tree)[1]
+    given_for = _given(given, tree)
     axes: list[Any] = [None if leaf.value is None else False for leaf in leaves]
     for joint in joints_of(groups, tree):
         for i, group in joint.items():
-            axes[i] = _matrix(leaves[i], group)
+            numbers = given_for(leaves[i])
+            axes[i] = _matrix(leaves[i], group) if numbers is None else _fitting(leaves[i], numbers)
     return treedef.unflatten(axes)
 
 
-def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbers:
+def _given(given: Any, tree: Any) -> Callable[[_trees.Leaf], Any]:
+    """What the user says of a leaf: an entry for it or for a node above, or in its box."""
+    entries = jax.tree.leaves_with_path(
+        given(tree) if callable(given) else given,
+        is_leaf=lambda node: isinstance(node, contrib.MuonDimensionNumbers),
+    )
+    by_keys = {tuple(map(_trees.key_name, path)): entry for path, entry in entries}
+
+    def of_leaf(leaf: _trees.Leaf) -> Any:
+        for keys, entry in by_keys.items():
+            shared = min(len(keys), len(leaf.keys))
+            if keys[:shared] == leaf.keys[:shared]:
+                return entry
+        return None
+
+    return of_leaf
+
+
+def _fitting(leaf: _trees.Leaf, given: Any) -> contrib.MuonDimensionNumbers:
     ndim = leaf.value.ndim
-    summed = [axis for axis in range(ndim) if axis not in group.axes(ndim)]
+    if isinstance(given, contrib.MuonDimensionNumbers):
+        sides = [(side,) if isinstance(side, int) else tuple(side) for side in given]
+        axes = [axis for side in sides for axis in side]
+        inside = all(-ndim <= axis < ndim for axis in axes)
+        if all(sides) and inside and len({axis % ndim for axis in axes}) == len(axes):
+            return given
+    raise ValueError(
+        f"muonh: {leaf.path} of shape {leaf.value.shape}: expected weight_dimension_numbers "
+        f"MuonDimensionNumbers(rows, columns), of distinct axes from {-ndim} to {ndim - 1}, "
+        f"found {given!r}."
+    )
+
+
+def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbers:
+    shape, ndim = leaf.value.shape, leaf.value.ndim
+    index = group.axes(ndim)
+    summed = [axis for axis in range(ndim) if axis not in index]
+    if len(summed) == 2:
+        return contrib.MuonDimensionNumbers(*summed)
     if ndim == 2 and len(summed) == 1:
-        summed = [0, 1]
-    if len(summed) != 2:
-        raise ValueError(
-            f"muonh: {leaf.path} of shape {leaf.value.shape}: expected a group of two axes for "
-            f"Muon, found {len(summed)} beside the axes {group.axes(ndim)} that index groups; name "
-            "axes of stacked matrices in index_axes, reshape the leaf, or give it no group."
-        )
-    return contrib.MuonDimensionNumbers(*summed)
+        return contrib.MuonDimensionNumbers(0, 1)
+    # A convolution's kernel whose groups are output channels is one matrix.
+    own = [*summed, ndim - 1] if index[-1:] == (ndim - 1,) else summed
+    window = {shape[axis] for axis in own[:-2]}
+    if len(own) >= 4 and len(window) == 1 and window <= set(range(1, 8)):
+        return contrib.MuonDimensionNumbers(tuple(own[:-1]), own[-1])
+    raise ValueError(
+        f"muonh: {leaf.path} of shape {shape}: expected a group of two axes for Muon, or a kernel "
+        f"(h, w, in, out), found {len(summed)} axes beside {index} that index groups; say which "
+        "are a matrix's rows and columns, as in weight_dimension_numbers={..., "
+        "optax.contrib.MuonDimensionNumbers(0, (1, 2))}, name axes of stacked matrices in "
+        "index_axes, or give it no group."
+    )

@@ -18,6 +18,7 @@ from spherical_optax.transforms._adamsrt import (
 )
 from spherical_optax.transforms._center import center_params
 from spherical_optax.transforms._forget import forget_radii
+from spherical_optax.transforms._initial import AddDecayToInitialState, add_decay_to_initial
 from spherical_optax.transforms._learning_rates import scale_by_learning_rates
 from spherical_optax.transforms._normalize import (
     NormalizeUpdatesState,
@@ -32,6 +33,7 @@ from spherical_optax.transforms._split import SplitRadialState, split_radial
 from spherical_optax.transforms._transport import TransportMomentsState, transport_moments
 
 __all__ = [
+    "AddDecayToInitialState",
     "NormalizeUpdatesState",
     "ProjectIfTangentState",
     "RetractState",
@@ -42,6 +44,7 @@ __all__ = [
     "SplitRadialState",
     "TransportMomentsState",
     "TransportedTraceState",
+    "add_decay_to_initial",
     "center_params",
     "center_updates",
     "chain",

@@ -1,6 +1,7 @@
 """AdamH and MuonH against their formulas in NumPy, on trees of all kinds of leaves."""
 
 import functools
+import math
 import re
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from layouts import tree_of
-from reference import adam, length, muon
+from reference import adam, along_sphere, length, muon
 from trajectory import run
 
 import spherical_optax as so
@@ -78,15 +79,108 @@ def test_follows_its_formula(name, x64):
         )
 
 
+NUMBERS = optax.contrib.MuonDimensionNumbers
+# Shape, groups, what is said of the matrices, and the axes (rows, columns) that are right.
+MATRICES = {
+    "convolution": ((3, 3, 2, 4), so.per_layer(), None, ((0, 1, 2), (3,))),
+    "filters": ((3, 3, 2, 4), so.per_filter(), None, ((0, 1, 2), (3,))),
+    "stacked convolutions": ((2, 3, 3, 2, 4), so.RadialGroup((0,)), None, ((1, 2, 3), (4,))),
+    "window of a volume": ((2, 2, 2, 3, 5), so.per_layer(), None, ((0, 1, 2, 3), (4,))),
+    "queries": ((6, 2, 3), so.per_layer(), NUMBERS(0, (1, 2)), ((0,), (1, 2))),
+    "back": ((2, 3, 6), so.per_layer(), NUMBERS((0, 1), 2), ((0, 1), (2,))),
+    "stacked queries": ((4, 6, 2, 3), so.RadialGroup((0,)), NUMBERS(1, (2, 3)), ((1,), (2, 3))),
+    "queries of a head": ((6, 2, 3), so.per_head(axis=-2), None, ((0,), (2,))),
+    "(out, in, h, w)": ((4, 2, 3, 3), so.per_layer(), NUMBERS((1, 2, 3), 0), ((1, 2, 3), (0,))),
+    "counted from the end": ((4, 5, 6), so.RadialGroup((0,)), NUMBERS(-2, -1), ((1,), (2,))),
+}
+
+
+def as_matrices(x, rows, columns):
+    """Transposed to (batch, rows, columns), and the way back."""
+    batch = [axis for axis in range(x.ndim) if axis not in (*rows, *columns)]
+    order = (*batch, *rows, *columns)
+    sizes = [math.prod(x.shape[axis] for axis in axes) for axes in (batch, rows, columns)]
+    shape = [x.shape[axis] for axis in order]
+    back = lambda y: y.reshape(shape).transpose(np.argsort(order))  # noqa: E731
+    return x.transpose(order).reshape(sizes), back
+
+
+@pytest.mark.parametrize("case", MATRICES)
+def test_muonh_takes_any_axes_as_a_matrix(case, x64):
+    shape, group, numbers, (rows, columns) = MATRICES[case]
+    x, *grads = (tree_of(shape, seed) for seed in range(5))
+    tree = {"layer": {"kernel": x}}
+    tx = so.muonh(
+        RATE,
+        MOMENTUM,
+        groups=so.groups_by_path({"kernel": group}),
+        weight_dimension_numbers=numbers and {"layer": {"kernel": numbers}},
+    )
+    end = run(tx, tree, [{"layer": {"kernel": grad}} for grad in grads])[-1]
+    _, back = as_matrices(np.asarray(x), rows, columns)
+    flat = [as_matrices(np.asarray(grad), rows, columns)[0] for grad in grads]
+    directions = [back(each) for each in muon(flat, MOMENTUM)]
+    expected = on_sphere(np.asarray(x), directions, group.axes(len(shape)))
+    np.testing.assert_allclose(end["layer"]["kernel"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", MATRICES)
+def test_before_the_sphere_it_is_muon(case, x64):
+    """A small first step is that of `optax.contrib.muon`, of the given length, along the sphere."""
+    shape, group, numbers, axes = MATRICES[case]
+    params, grads = {"kernel": tree_of(shape, 0)}, {"kernel": tree_of(shape, 1)}
+    tx = so.muonh(1e-9, groups={"kernel": group}, weight_dimension_numbers=numbers)
+    own, _ = tx.update(grads, tx.init(params), params)
+    tx = optax.contrib.muon(1e-9, muon_weight_dimension_numbers={"kernel": NUMBERS(*axes)})
+    update, _ = tx.update(grads, tx.init(params), params)
+    index, x = group.axes(len(shape)), np.asarray(params["kernel"])
+    theirs = np.asarray(update["kernel"])
+    expected = along_sphere(theirs / length(theirs, index), x, index) * length(x, index)
+    np.testing.assert_allclose(own["kernel"] / 1e-9, expected, atol=1e-6)
+
+
+def test_functions_and_trees_of_matrices():
+    """As `optax.contrib.muon` takes them; what is not named there has its default."""
+    params = {
+        "q": {"kernel": jnp.ones((4, 2, 3)) + jnp.arange(3)},
+        "up": jnp.eye(4),
+        "b": jnp.ones(3),
+    }
+    groups = so.groups_by_path({"q/kernel|up": so.per_layer()})
+    forms = [
+        {"q": {"kernel": NUMBERS(0, (1, 2))}, "up": None, "b": None},
+        {"q": NUMBERS(0, (1, 2))},
+        lambda tree: jax.tree.map(lambda x: NUMBERS(0, (1, 2)) if x.ndim == 3 else None, tree),
+    ]
+    ends = []
+    for form in forms:
+        tx = so.muonh(0.1, groups=groups, other=optax.sgd(0.1), weight_dimension_numbers=form)
+        ends.append(run(tx, params, [params] * 2)[-1])
+    for end in ends[1:]:
+        jax.tree.map(np.testing.assert_array_equal, end, ends[0])
+
+
 @pytest.mark.parametrize(
     ("shape", "group", "found"),
-    [((3, 3, 2, 4), so.per_layer(), 4), ((4, 2, 3), so.per_layer(), 3), ((8,), so.per_layer(), 1)],
+    [((4, 2, 3), so.per_layer(), 3), ((8,), so.per_layer(), 1), ((8, 2, 3, 3), so.per_layer(), 4)],
 )
 def test_what_muon_cannot_take_is_named(shape, group, found):
     params = {"layer": {"kernel": jnp.ones(shape)}}
     tx = so.muonh(0.1, groups={"layer": {"kernel": group}})
-    message = f"muonh: layer/kernel of shape {shape}: expected a group of two axes for Muon, found "
-    with pytest.raises(ValueError, match=re.escape(f"{message}{found} beside")):
+    message = f"muonh: layer/kernel of shape {shape}: expected a group of two axes for Muon, or a "
+    with pytest.raises(ValueError, match=f"{re.escape(message)}.*found {found} axes beside"):
+        tx.init(params)
+
+
+@pytest.mark.parametrize("numbers", [NUMBERS(0, (0, 2)), NUMBERS(0, 3), NUMBERS((), 1), "rows"])
+def test_matrices_that_do_not_fit_are_named(numbers):
+    params = {"layer": {"kernel": jnp.ones((4, 2, 3))}}
+    given = {"layer": {"kernel": numbers}}
+    tx = so.muonh(0.1, groups=so.per_layer(), weight_dimension_numbers=given)
+    message = (
+        r"muonh: layer/kernel of shape \(4, 2, 3\): expected weight_dimension_numbers .* found "
+    )
+    with pytest.raises(ValueError, match=message + re.escape(repr(numbers))):
         tx.init(params)
 
 

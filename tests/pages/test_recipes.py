@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pathlib
 import re
 
@@ -123,9 +124,12 @@ def test_adamh(recipes, x64):
 
 def test_muonh(recipes, x64):
     def expected(path, x, grads):
-        if path not in MLP:
+        if path not in MATRICES:
             return moved(x, adam(grads, 0.9, 0.999, 1e-8), 3e-3)
-        return hyperball(x, muon(grads, 0.95), (), 0.02)
+        rows = math.prod(x.shape[:-1] if path == "block/o/kernel" else x.shape[:1])
+        flat = [grad.reshape(rows, -1) for grad in grads]
+        directions = (each.reshape(x.shape) for each in muon(flat, 0.95))
+        return hyperball(x, directions, (), 0.02)
 
     check(recipes["muonh"], expected, recipes["SHAPES"])
 
