@@ -115,7 +115,7 @@ def _one_of_each_kind(leaves: list[_trees.Leaf], groups: dict[int, RadialGroup])
     kinds: dict[Any, int] = {}
     for i, leaf in enumerate(leaves):
         group = groups.get(i)
-        how = group and (group.index_axes, group.num_blocks)
+        how = group and (group.index_axes, group.num_blocks, group.ndim)
         kinds.setdefault((re.sub(r"\d+", "", leaf.path), np.ndim(leaf.value), how), i)
     return list(kinds.values())
 

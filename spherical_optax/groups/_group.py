@@ -24,10 +24,14 @@ class RadialGroup:
         group each (GroupNorm). Must divide that axis.
       joint: Leaves with the same label, and the same number of groups, form one
         group together (a kernel and its bias before LayerNorm).
+      ndim: How many axes one kernel has. The index axes are axes of that, and what stands in
+        front, as where `vmap` or `scan` stacks kernels, indexes groups too. `None`: as many as
+        the array has.
 
     Raises:
       TypeError: If an argument has the wrong type.
-      ValueError: If an axis is repeated, or `num_blocks` is below one or has no axis to split.
+      ValueError: If an axis is repeated, or `num_blocks` or `ndim` is below one, or `num_blocks`
+        has no axis to split.
 
     Examples:
       >>> from spherical_optax import RadialGroup
@@ -35,11 +39,15 @@ class RadialGroup:
       (8,)
       >>> RadialGroup(num_blocks=4).shape((3, 3, 16, 32))
       (4,)
+      >>> columns = RadialGroup(ndim=2)  # of one kernel (in, out), or of a stack of them
+      >>> columns.shape((8, 5)), columns.shape((3, 8, 5))
+      ((5,), (3, 5))
     """
 
     index_axes: tuple[int, ...] = (-1,)
     num_blocks: int | None = None
     joint: str | None = None
+    ndim: int | None = None
 
     def __post_init__(self) -> None:
         axes = self.index_axes
@@ -62,6 +70,10 @@ class RadialGroup:
                     "RadialGroup: num_blocks splits the last index axis, and index_axes is "
                     "empty; name the axis, for example index_axes=(-1,)."
                 )
+        if self.ndim is not None:
+            object.__setattr__(self, "ndim", _index("ndim", self.ndim))
+            if self.ndim < 1:
+                raise ValueError(f"RadialGroup: expected ndim of at least 1, found {self.ndim}.")
         if self.joint is not None and not isinstance(self.joint, str):
             raise TypeError(f"RadialGroup: expected joint as a string, found {self.joint!r}.")
         if self.joint is not None and not (self.joint and self.joint.isprintable()):
@@ -75,20 +87,25 @@ class RadialGroup:
         """The index axes of an array of rank `ndim`, non-negative and ascending.
 
         Raises:
-          ValueError: If an axis is out of range, or named twice (as 1 and as -1).
+          ValueError: If an axis is out of range, or named twice (as 1 and as -1), or there are
+            fewer axes than a kernel has.
         """
+        own = ndim if self.ndim is None else self.ndim
+        if own > ndim:
+            raise ValueError(f"expected an array of {own} axes or more, found {ndim}")
         for axis in self.index_axes:
-            if not -ndim <= axis < ndim:
+            if not -own <= axis < own:
                 raise ValueError(
-                    f"expected index_axes within an array of {ndim} axes, found {self.index_axes}"
+                    f"expected index_axes within an array of {own} axes, found {self.index_axes}"
                 )
-        axes = tuple(sorted(axis % ndim for axis in self.index_axes))
+        stacked = ndim - own
+        axes = tuple(sorted(stacked + axis % own for axis in self.index_axes))
         if len(set(axes)) < len(axes):
             raise ValueError(
                 f"expected distinct index_axes, found {self.index_axes}, "
-                f"which repeats an axis of an array of {ndim} axes"
+                f"which repeats an axis of an array of {own} axes"
             )
-        return axes
+        return (*range(stacked), *axes)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of per-group quantities for an array of the given shape.
@@ -116,13 +133,14 @@ def _index(name: str, value: Any) -> int:
         raise TypeError(f"RadialGroup: expected integer {name}, found {value!r}.") from None
 
 
-def per_filter(*, axis: int = -1, joint: str | None = None) -> RadialGroup:
+def per_filter(*, axis: int = -1, joint: str | None = None, ndim: int | None = None) -> RadialGroup:
     """One group per output channel (BatchNorm).
 
     Args:
       axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
         PyTorch kernel `(out, in, ...)`.
       joint: Label shared with the leaves that belong to the same groups.
+      ndim: How many axes one kernel has; those in front are stacks, as in `RadialGroup`.
 
     Examples:
       >>> from spherical_optax import per_filter
@@ -130,22 +148,27 @@ def per_filter(*, axis: int = -1, joint: str | None = None) -> RadialGroup:
       (32,)
       >>> per_filter(axis=0).shape((32, 16, 3, 3))
       (32,)
+      >>> per_filter(ndim=2).shape((2, 16, 32))
+      (2, 32)
     """
-    return RadialGroup(index_axes=(axis,), joint=joint)
+    return RadialGroup(index_axes=(axis,), joint=joint, ndim=ndim)
 
 
-def per_layer(*, joint: str | None = None) -> RadialGroup:
+def per_layer(*, joint: str | None = None, ndim: int | None = None) -> RadialGroup:
     """The whole array as one group (LayerNorm, RMSNorm).
 
     Args:
       joint: Label shared with the leaves that belong to the same group.
+      ndim: How many axes one kernel has; those in front are stacks, as in `RadialGroup`.
 
     Examples:
       >>> from spherical_optax import per_layer
       >>> per_layer().shape((16, 32))
       ()
+      >>> per_layer(ndim=2).shape((12, 16, 32))
+      (12,)
     """
-    return RadialGroup(index_axes=(), joint=joint)
+    return RadialGroup(index_axes=(), joint=joint, ndim=ndim)
 
 
 def per_channel_block(n: int, *, axis: int = -1, joint: str | None = None) -> RadialGroup:

@@ -161,10 +161,10 @@ def muonh(
     ```
 
     with r the length that training begins with. The matrix of a group is its two axes; those that
-    index groups, as of stacked layers and experts, are batch axes. Of a leaf of two axes whose
-    groups are rows or columns, Muon's matrix is the leaf. The kernel of a convolution, a window of
-    equal sizes up to 7 in front as in `(h, w, in, out)`, is a matrix `(h w in, out)`. Of all else
-    `weight_dimension_numbers` says which axes are a matrix's rows, and which its columns.
+    index groups, as of stacked layers and experts, are batch axes. Of kernels of two axes whose
+    groups are rows or columns, Muon's matrix is the kernel. A convolution's kernel, with a window
+    of equal sizes up to 7 in front as in `(h, w, in, out)`, is a matrix `(h w in, out)`. Of all
+    else `weight_dimension_numbers` says which axes are a matrix's rows, and which its columns.
 
     Args:
       learning_rate: The length of a step relative to the radius, as in `hyperball`.
@@ -275,8 +275,8 @@ def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbe
     summed = [axis for axis in range(ndim) if axis not in index]
     if len(summed) == 2:
         return contrib.MuonDimensionNumbers(*summed)
-    if ndim == 2 and len(summed) == 1:
-        return contrib.MuonDimensionNumbers(0, 1)
+    if 2 in (ndim, group.ndim) and summed:  # of groups that are rows or columns, all together
+        return contrib.MuonDimensionNumbers(ndim - 2, ndim - 1)
     # A convolution's kernel whose groups are output channels is one matrix.
     own = [*summed, ndim - 1] if index[-1:] == (ndim - 1,) else summed
     window = {shape[axis] for axis in own[:-2]}

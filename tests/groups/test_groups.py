@@ -37,6 +37,11 @@ def table(groups, params=PARAMS):
         (so.RadialGroup(index_axes=(0, -1), num_blocks=2), (7, 3, 4), (7, 2)),
         (so.RadialGroup(index_axes=(0, 1)), (2, 3), (2, 3)),
         (so.RadialGroup(index_axes=[0]), (2, 3), (2,)),
+        (so.per_filter(ndim=2), (4, 5), (5,)),
+        (so.per_filter(ndim=2), (3, 4, 5), (3, 5)),
+        (so.per_filter(axis=0, ndim=2), (3, 4, 5), (3, 4)),
+        (so.per_layer(ndim=2), (2, 3, 4, 5), (2, 3)),
+        (so.RadialGroup(num_blocks=2, ndim=4), (7, 3, 3, 2, 4), (7, 2)),
     ],
 )
 def test_per_group_shape(group, shape, expected):
@@ -424,6 +429,8 @@ def test_shapes_alone_are_enough():
         (lambda: so.RadialGroup(num_blocks=0), ValueError, "at least 1, found 0"),
         (lambda: so.RadialGroup(num_blocks=2.0), TypeError, r"integer num_blocks, found 2\.0"),
         (lambda: so.RadialGroup((), num_blocks=2), ValueError, "index_axes is empty"),
+        (lambda: so.RadialGroup(ndim=0), ValueError, "ndim of at least 1, found 0"),
+        (lambda: so.RadialGroup(ndim=2.0), TypeError, r"integer ndim, found 2\.0"),
         (lambda: so.RadialGroup(joint=3), TypeError, "joint as a string, found 3"),
         (lambda: so.groups_by_path({}), ValueError, "at least one rule"),
         (lambda: so.groups_by_path({"(": True}), ValueError, r"'\(' is not a regular expression"),
@@ -450,6 +457,11 @@ def test_bad_group(make, error, message):
             {"conv": True, "dense": so.per_head(axis=2)},
             ValueError,
             r"dense/kernel of shape \(6, 5\): expected index_axes within .* 2 axes, found \(2,\)",
+        ),
+        (
+            {"conv": True, "dense": so.per_filter(ndim=3)},
+            ValueError,
+            r"dense/kernel of shape \(6, 5\): expected an array of 3 axes or more, found 2",
         ),
         (
             {"conv": True, "dense": so.RadialGroup((1, -1))},
@@ -543,6 +555,14 @@ def test_leaf_that_is_not_real_floating(leaf):
         so.adamsrt(0.1, groups=True).init({"scale": 1.0})
 
 
-def test_scan_stacked_axis_is_one_more_index_axis():
-    stacked = np.ones((3, 4, 5), np.float32)
-    assert so.RadialGroup(index_axes=(0, -1)).shape(stacked.shape) == (3, 5)
+@pytest.mark.parametrize("alone", [so.per_filter(ndim=2), so.per_layer(ndim=2)])
+def test_one_group_object_is_right_for_a_kernel_and_for_a_stack(alone, x64):
+    """As that which `vmap` stacks: each kernel is projected as it is alone."""
+    x, g = (np.random.default_rng(seed).normal(size=(3, 4, 5)) for seed in (0, 1))
+    tx = so.project_radial(alone)
+    stacked, _ = tx.update(jnp.asarray(g), tx.init(jnp.asarray(x)), jnp.asarray(x))
+    for i in range(3):
+        one, _ = tx.update(jnp.asarray(g[i]), tx.init(jnp.asarray(x[i])), jnp.asarray(x[i]))
+        np.testing.assert_allclose(stacked[i], one, rtol=1e-12)
+    entries = {so.per_filter(ndim=2): "15      4", so.per_layer(ndim=2): "3       20"}[alone]
+    assert entries in so.describe_groups({"critic": jnp.ones((3, 4, 5))}, alone)

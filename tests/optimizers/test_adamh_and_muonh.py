@@ -89,6 +89,7 @@ MATRICES = {
     "queries": ((6, 2, 3), so.per_layer(), NUMBERS(0, (1, 2)), ((0,), (1, 2))),
     "back": ((2, 3, 6), so.per_layer(), NUMBERS((0, 1), 2), ((0, 1), (2,))),
     "stacked queries": ((4, 6, 2, 3), so.RadialGroup((0,)), NUMBERS(1, (2, 3)), ((1,), (2, 3))),
+    "stacked columns": ((3, 4, 5), so.per_filter(ndim=2), None, ((1,), (2,))),
     "queries of a head": ((6, 2, 3), so.per_head(axis=-2), None, ((0,), (2,))),
     "(out, in, h, w)": ((4, 2, 3, 3), so.per_layer(), NUMBERS((1, 2, 3), 0), ((1, 2, 3), (0,))),
     "counted from the end": ((4, 5, 6), so.RadialGroup((0,)), NUMBERS(-2, -1), ((1,), (2,))),

@@ -48,11 +48,11 @@ def recipes():
     return namespace
 
 
-def check(tx, expected, shapes, *, placed=None, rtol=1e-12):
+def check(tx, expected, shapes, *, placed=None, rtol=1e-12, steps=STEPS):
     """Holds a trajectory to a function of each leaf's path, start and gradients."""
     params = tree_of(shapes, 0)
     params = params if placed is None else so.place_on_sphere(params, *placed)
-    grads = [tree_of(shapes, seed) for seed in range(1, STEPS + 1)]
+    grads = [tree_of(shapes, seed) for seed in range(1, steps + 1)]
     end = run(tx, params, grads)[-1]
     flat = [jax.tree.leaves_with_path(tree) for tree in (end, params, *grads)]
     for (path, found), (_, x), *steps in zip(*flat, strict=True):
@@ -74,6 +74,71 @@ def test_ngpt(recipes, x64):
 
     placed = (recipes["WIDTH"], 1.0)
     check(recipes["ngpt"](LR), expected, recipes["SHAPES"], placed=placed)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_normalize_and_project(recipes, x64, every):
+    def expected(path, x, grads):
+        start = x
+        for t, w in enumerate(adam(grads, 0.9, 0.999, 1e-8)):
+            x = x - LR * (w + (0.2 * (x - start) if x.ndim == 1 else 0))
+            if path in MATRICES and t % every == 0:
+                x = x * length(start, ()) / length(x, ())
+        return x
+
+    tx = recipes["normalize_and_project"](LR, every, 0.2)
+    check(tx, expected, recipes["SHAPES"], steps=20)
+
+
+def critic(params, x):
+    """A residual network on the sphere, as SimbaV2's: kernels (in, out), steps of learned size."""
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    x = unit((x @ params["first"]["kernel"]) * params["first"]["scale"])
+    for block in ("block1", "block2"):
+        inside = params[block]
+        hidden = jax.nn.relu(x @ inside["up"]["kernel"] * inside["scale"])
+        x = unit(x + inside["rate"] * (unit(hidden @ inside["down"]["kernel"]) - x))
+    return x @ params["head"]["kernel"]
+
+
+def test_simba_v2(recipes, x64):
+    """An agent of an actor and two critics that `vmap` stacks, normalized by hand beside it."""
+    block = {"up": {"kernel": (5, 8)}, "down": {"kernel": (8, 5)}, "scale": (8,), "rate": (5,)}
+    one = {"first": {"kernel": (4, 5), "scale": (5,)}, "block1": block, "block2": block}
+    one["head"] = {"kernel": (5, 3)}
+    agent = {
+        "actor": tree_of(one, 0),
+        "critics": jax.tree.map(lambda *x: jnp.stack(x), tree_of(one, 1), tree_of(one, 2)),
+    }
+    states, actions = tree_of([(16, 4), (16, 3)], 3)
+
+    @jax.grad
+    def gradient(agent):
+        values = jax.vmap(critic, in_axes=(0, None))(agent["critics"], states)
+        return ((values - actions) ** 2).mean() + (critic(agent["actor"], states) ** 2).mean()
+
+    def normalized(agent):
+        return jax.tree.map_with_path(
+            lambda path, x: (
+                x / jnp.linalg.norm(x, axis=-2, keepdims=True)
+                if "kernel" in jax.tree_util.keystr(path)
+                else x
+            ),
+            agent,
+        )
+
+    ours = so.place_on_sphere(agent, recipes["COLUMNS"], 1.0)
+    theirs, tx, adam = normalized(agent), recipes["simba_v2"](LR), optax.adam(LR)
+    state, their_state = tx.init(ours), adam.init(theirs)
+    for _ in range(20):
+        updates, state = tx.update(gradient(ours), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        updates, their_state = adam.update(gradient(theirs), their_state, theirs)
+        theirs = normalized(optax.apply_updates(theirs, updates))
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12, err_msg=str(path))
 
 
 class Adam:
@@ -322,7 +387,7 @@ def test_polar(recipes, x64):
             x = (radius - 0.1 * inner(g, x, axes) / radius) * y / length(y, axes)
         return x
 
-    check(recipes["polar"](LR, 0.1), expected, recipes["SHAPES"])
+    check(recipes["polar"](LR, 0.1), expected, recipes["SHAPES"], steps=20)
 
 
 def test_brake(recipes, x64):
