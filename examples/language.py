@@ -42,7 +42,7 @@ from matplotlib.figure import Figure
 
 import spherical_optax as so
 
-Name: TypeAlias = Literal["adamh", "muonh", "adamw", "adamsrt", "rotational_adamw", "ngpt"]
+Name: TypeAlias = Literal["adamh", "muonh", "adamw", "muon", "adamsrt", "rotational_adamw", "ngpt"]
 
 # layers, width, heads, hidden units, context.
 PRESETS = {
@@ -58,6 +58,7 @@ LEARNING_RATES: dict[Name, float] = {
     "adamh": 0.02,
     "muonh": 0.02,
     "adamw": 5e-3,
+    "muon": 0.02,
     "adamsrt": 5e-3,
     "rotational_adamw": 5e-3,
     "ngpt": 1e-2,
@@ -87,7 +88,7 @@ class Config:
     other_learning_rate: float = 5e-3
     """Peak of that of embedding, head and gains; unused by ngpt."""
     weight_decay: float = 0.1
-    """Of matrices, under adamw and rotational_adamw, whose angle it sets."""
+    """Of matrices, under adamw, muon and rotational_adamw, whose angle it sets."""
     warmup: int = 20
     """Steps in which the learning rate rises; nGPT needs none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -141,6 +142,8 @@ def make_optimizer(
     match name:
         case "adamw":
             tx = with_adam(optax.adamw(rate, b2=b2, weight_decay=weight_decay))
+        case "muon":
+            tx = with_adam(optax.contrib.muon(rate, weight_decay=weight_decay))
         case "adamsrt":
             tx = with_adam(so.adamsrt(rate, b2=b2, groups=groups))
         case "rotational_adamw":

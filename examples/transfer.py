@@ -40,6 +40,7 @@ START: dict[Name, int] = {
     "adamw": -8,
     "adamh": -6,
     "muonh": -6,
+    "muon": -6,
     "rotational_adamw": -6,
     "adamsrt": -6,
     "ngpt": -6,
@@ -51,7 +52,7 @@ COLORS = ("#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
 class Config:
     """Searches the best learning rate at several widths."""
 
-    optimizer: tuple[Name, ...] = ("adamw", "adamh", "muonh", "rotational_adamw")
+    optimizer: tuple[Name, ...] = ("adamw", "adamh", "muonh", "muon", "rotational_adamw")
     """Of the blocks' matrices."""
     width: tuple[int, ...] = (32, 64, 128, 256)
     """Widths, of heads of 32."""
@@ -66,7 +67,7 @@ class Config:
     context: int = 64
     """Bytes in a window."""
     weight_decay: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    """Decays of adamw to choose from, at the second width and with the last warm-up."""
+    """Decays of adamw and muon to choose from, at the second width and with the last warm-up."""
     other_learning_rate: float = 5e-3
     """Of embedding, head and gains, at every width."""
     seeds: int = 3
@@ -178,7 +179,7 @@ def measure(config: Config, trials: Trials) -> list[dict[str, Any]]:
     rows = []
     for name in config.optimizer:
         decay, start = 0.1, START[name]
-        if name == "adamw":
+        if name in ("adamw", "muon"):
             width = config.width[min(1, len(config.width) - 1)]
             tried = {
                 each: search(trials, name, width, config.warmup[-1], each, start)
@@ -220,7 +221,7 @@ def summarize(
     return {
         "optimizer": name,
         "warmup": warmup,
-        "weight_decay": decay if name in ("adamw", "rotational_adamw") else None,
+        "weight_decay": decay if name in ("adamw", "muon", "rotational_adamw") else None,
         "best_rate": {str(width): best[width] for width in best},
         "drift": drifts,
         "loss_at_own_rate": at_own,

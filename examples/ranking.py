@@ -1,0 +1,163 @@
+"""The language model of language.py under optimizers whose rates, and decays, are searched.
+
+Each optimizer has six settings, six rates or three rates with two decays each, and the same model,
+text, steps, warm-up and cosine. One seed chooses, three others are reported. The table has the
+held-out loss with its 95 % interval, and the difference to AdamW, seed by seed. Runs are kept in
+`runs.jsonl`: stopped and started again, it goes on after the last.
+
+    python examples/ranking.py                               # three hours on two cores
+    python examples/ranking.py --optimizer muonh muon --seeds 2
+    python examples/ranking.py --help
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.stats
+import tqdm
+import tyro
+from helpers.options import check_options
+from helpers.outputs import check_out, print_rows
+from helpers.runs import Runs
+from helpers.text import encode, read
+from helpers.transformer import Size
+from language import PRESETS, Name
+from transfer import Config as RunConfig
+from transfer import make_run
+
+SEARCH_SEED = 1000
+
+
+def doubled(first: float) -> list[tuple[float, float]]:
+    return [(first * 2**k, 0.0) for k in range(6)]
+
+
+def decayed(rates: tuple[float, ...], decays: tuple[float, ...]) -> list[tuple[float, float]]:
+    return list(itertools.product(rates, decays))
+
+
+# Rates and decays.
+SETTINGS: dict[Name, list[tuple[float, float]]] = {
+    "adamw": decayed((2.5e-3, 5e-3, 1e-2), (0.1, 1.0)),
+    "muon": decayed((0.01, 0.02, 0.04), (0.1, 1.0)),
+    "adamsrt": doubled(1.25e-3),
+    # By its learning rate, at a decay of 0.1: the angle is what they set together.
+    "rotational_adamw": [(rate, 0.1) for rate, _ in doubled(2.5e-3)],
+    "adamh": doubled(5e-3),
+    "muonh": doubled(5e-3),
+    "ngpt": doubled(2.5e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compares optimizers on the model of language.py, each with its best setting."""
+
+    optimizer: tuple[Name, ...] = tuple(SETTINGS)
+    """Of the blocks' matrices."""
+    preset: str = "small"
+    """The model, as in language.py."""
+    steps: int = 400
+    """Training steps of a run."""
+    batch: int = 16
+    """Windows of text in a step."""
+    warmup: int = 20
+    """Steps in which the learning rate rises, before it falls along a cosine."""
+    other_learning_rate: float = 5e-3
+    """Of embedding, head and gains."""
+    seeds: int = 3
+    """Runs that are reported, with the seeds 0, 1, ..."""
+    text: pathlib.Path | None = None
+    """A text in UTF-8. None: the King James Bible, of Debian's package bible-kjv."""
+    out: pathlib.Path = pathlib.Path("out/ranking")
+    """Directory for runs.jsonl and results.json."""
+
+
+def measure(config: Config, name: Name, runs: Runs, text: Any, progress: tqdm.tqdm) -> Any:
+    """The best setting by one seed, and its losses with the others."""
+    layers, width, heads, hidden, context = PRESETS[config.preset]
+    size = Size(layers, width, heads, hidden, context, 256, name == "ngpt")
+    made = RunConfig(
+        steps=config.steps,
+        batch=config.batch,
+        context=context,
+        other_learning_rate=config.other_learning_rate,
+    )
+    run = make_run(name, size, made)
+
+    def loss(setting: tuple[float, float], seed: int) -> float:
+        progress.set_description(f"{name} {setting[0]:g} {setting[1]:g}")
+        rate, decay = setting
+        found = runs((name, rate, decay, seed), lambda: run(text, seed, rate, config.warmup, decay))
+        progress.update()
+        return found if math.isfinite(found) else math.log(256)
+
+    searched = {setting: loss(setting, SEARCH_SEED) for setting in SETTINGS[name]}
+    best = min(searched, key=searched.__getitem__)
+    return best, searched, np.array([loss(best, seed) for seed in range(config.seeds)])
+
+
+def interval(values: np.ndarray) -> str:
+    """The mean and Student's 95 % interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return f"{mean:.4f} ({mean - half:.4f} to {mean + half:.4f})"
+
+
+def print_table(found: dict[str, Any]) -> None:
+    rows = [
+        ["optimizer", "rate", "decay", "held-out loss (nats per byte)", "less adamw's", "seed 0"]
+    ]
+    for name in sorted(found, key=lambda name: found[name][2].mean()):
+        (rate, decay), _, losses = found[name]
+        row = [name, f"{rate:g}", f"{decay:g}" if decay else "-", interval(losses)]
+        less = interval(losses - found["adamw"][2]) if "adamw" in found else "-"
+        rows.append([*row, less, f"{losses[0]:.4f}"])
+    print()
+    print_rows(*rows)
+    print("Mean over the seeds (95 % interval, Student's t); the rate of one other seed.")
+
+
+def main(config: Config) -> None:
+    check_options(
+        ("--preset", config.preset, f"one of {list(PRESETS)}", config.preset in PRESETS),
+        ("--steps", config.steps, "at least 1", config.steps >= 1),
+        ("--seeds", config.seeds, "at least 1", config.seeds >= 1),
+        ("--optimizer", "none", "at least one name", len(config.optimizer) > 0),
+    )
+    check_out(config.out, "runs.jsonl", "results.json")
+    settings = dataclasses.asdict(config) | {"text": str(config.text)}
+    fixed = ("preset", "steps", "batch", "warmup", "other_learning_rate", "text")
+    runs = Runs(config.out, **{name: settings[name] for name in fixed})
+    text, found = encode(read(config.text), "byte"), {}
+    total = sum(len(SETTINGS[name]) + config.seeds for name in config.optimizer)
+    with tqdm.tqdm(total=total, unit="run") as progress:
+        for name in config.optimizer:
+            found[name] = measure(config, name, runs, text, progress)
+    print_table(found)
+    report = settings | {
+        "out": None,
+        "device": jax.devices()[0].device_kind,
+        "optimizers": {
+            name: {
+                "rate, decay": best,
+                "losses": losses.tolist(),
+                "searched": [[*setting, loss] for setting, loss in searched.items()],
+            }
+            for name, (best, searched, losses) in found.items()
+        },
+    }
+    (config.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"Wrote results.json to {config.out}.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

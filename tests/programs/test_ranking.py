@@ -1,0 +1,72 @@
+"""The search behind the language model's table, on losses whose best setting is known."""
+
+import importlib
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import tyro
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def ranking(monkeypatch, tmp_path):
+    """With losses in place of training; above a rate they diverge."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["ranking.py"])
+    module = importlib.import_module("ranking")
+    module.calls = []
+
+    def make_run(name, size, config):
+        assert (config.context, config.steps, size.layers) == (32, 7, 2)
+        assert size.normalized == (name == "ngpt")
+
+        def run(text, seed, rate, warmup, decay):
+            module.calls.append((name, rate, decay, seed))
+            base = {"adamw": 2.0, "muonh": 1.0}.get(name, 3.0) + 0.1 * (seed % 7)
+            return math.nan if rate > 0.1 else base + abs(math.log(rate / 0.01)) - 0.1 * decay
+
+        return run
+
+    monkeypatch.setattr(module, "make_run", make_run)
+    (tmp_path / "text.txt").write_text("word " * 2000)
+    return module
+
+
+def run(module, tmp_path, *options):
+    args = ["--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--preset", "tiny"]
+    args += ["--steps", 7, *options]
+    module.main(tyro.cli(module.Config, args=[str(each) for each in args]))
+    return json.loads((tmp_path / "out" / "results.json").read_text())["optimizers"]
+
+
+def test_every_optimizer_has_six_settings(ranking):
+    for name, settings in ranking.SETTINGS.items():
+        assert len(set(settings)) == 6, name
+
+
+def test_one_seed_chooses_and_others_are_reported(ranking, tmp_path, capsys):
+    found = run(ranking, tmp_path, "--optimizer", "adamw", "muonh")
+    assert found["adamw"]["rate, decay"] == [0.01, 1.0]
+    assert found["muonh"]["rate, decay"] == [0.01, 0.0]
+    np.testing.assert_allclose(found["adamw"]["losses"], [1.9, 2.0, 2.1])
+    np.testing.assert_allclose(found["muonh"]["losses"], [1.0, 1.1, 1.2])
+    assert {seed for *_, seed in ranking.calls} == {1000, 0, 1, 2}
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.startswith(("adamw", "muonh"))]
+    assert [row[0] for row in rows] == ["muonh", "adamw"]  # the best first
+    # t with two degrees of freedom, 4.303, times 0.1 over the root of 3.
+    assert rows[0][3:7] == ["1.1000", "(0.8516", "to", "1.3484)"]
+    assert rows[0][7:11] == ["-0.9000", "(-0.9000", "to", "-0.9000)"]
+    calls = len(ranking.calls)
+    assert run(ranking, tmp_path, "--optimizer", "adamw", "muonh") == found
+    assert len(ranking.calls) == calls  # kept
+
+
+def test_divergence_counts_as_a_guess(ranking, tmp_path):
+    searched = run(ranking, tmp_path, "--optimizer", "muonh", "--seeds", 1)["muonh"]["searched"]
+    assert searched[-1] == [0.16, 0.0, math.log(256)]
