@@ -14,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-newest test-fuzz test-accelerators lint lock bench bench-train bench-compiled bench-sharded build docs types clean
+.PHONY: demo test test-slow test-oldest test-newest test-fuzz test-accelerators test-device bench-device lint lock bench bench-train bench-compiled bench-sharded build docs types clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
@@ -36,6 +36,13 @@ test-fuzz: .venv/installed
 
 test-accelerators: .venv-accelerators/installed
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-accelerators/bin/python -m pytest -n 2 tests/benchmarks/test_compiled.py
+
+# On a machine with an accelerator, in the Python that has JAX for it: nothing is installed.
+test-device:
+	$(PYTHON) -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -m device tests/test_device.py tests/test_golden.py
+
+bench-device:
+	$(PYTHON) benchmarks/device.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

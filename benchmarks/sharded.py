@@ -24,9 +24,9 @@ import optax
 import targets
 import tqdm
 import tyro
-from compiled import ARRAY, INSTRUCTION, WIDTHS
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from measure import Row, check_out, print_table, write
+from traffic import ARRAY, INSTRUCTION, WIDTHS
 
 import spherical_optax as so
 from spherical_optax.groups import joints_of

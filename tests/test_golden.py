@@ -32,6 +32,7 @@ def optimizer_of(case):
     return getattr(so, case["optimizer"])(given["lr"], groups=groups, **kwargs)
 
 
+@pytest.mark.device
 @pytest.mark.filterwarnings("ignore:.*entry by entry")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

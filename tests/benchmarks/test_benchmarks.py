@@ -93,3 +93,49 @@ def test_unknown_optimizer(tmp_path):
     assert result.returncode != 0
     assert "--optimizer: expected some of ['optax.adam'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_device(tmp_path):
+    """Its tiny form, from a checkout, in an environment that knows nothing of the library."""
+    command = [sys.executable, str(BENCHMARKS / "device.py"), "--out", str(tmp_path)]
+    environment = os.environ | CACHED | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "No accelerator is here: a tiny form on cpu" in done.stdout
+    report = json.loads((tmp_path / "device.json").read_text())
+    assert {"device", "driver", "jax", "optax", "flax", "xla flags", "commit"} <= set(
+        report["machine"]
+    )
+    results = report["results"]
+    names = ["sgd, plain", "optax.adam", "adamsrt", "muonh"]
+    for network in ("resnet18", "transformer"):
+        rows = results["training"][network]
+        assert [row["optimizer"] for row in rows] == names
+        assert [rows[0]["added, to adam"], rows[1]["more than adam (%)"]] == [0, 0]
+        assert rows[1]["added, to adam"] == pytest.approx(1)
+        assert [row["optimizer"] for row in results["memory"][network]] == names
+    bare = {row["optimizer"]: row for row in results["bare"]["resnet18"]}
+    assert {"optax.adam", "optax.sgd", "adamsrt", "muonh"} <= set(bare)
+    assert bare["optax.adam"]["bytes foretold"] == pytest.approx(28, rel=1e-3)
+    assert bare["optax.adam"]["to adam"] == 1
+
+
+def test_device_imports_nothing_that_is_not_there():
+    """Beside JAX, Optax, Flax and NumPy only the standard library and the checkout."""
+    program = """
+import sys
+class Refuse:
+    allowed = {allowed!r}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.allowed:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+sys.argv = ["device.py"]
+sys.path.insert(0, {folder!r})
+import device
+"""
+    missing = ["tyro", "tqdm", "matplotlib", "grain", "sklearn", "PIL", "hypothesis", "torch"]
+    code = program.format(allowed=missing, folder=str(BENCHMARKS))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
