@@ -6,9 +6,10 @@
 # is one; `make test-fuzz` draws 1000 random examples for each law, which takes a quarter of an hour.
 # `make bench-train` measures on the versions of `make test` and on the newest. `make bench-compiled`,
 # `make bench-sharded` and `make test-accelerators` look at the programs for accelerators that are
-# not there, in .venv-accelerators. `make build` builds what is released, in .venv-release, and
-# checks it; `make docs` makes the documentation, in .venv-docs; `make types` asks pyright, in
-# .venv-types, which fetches itself from npm.
+# not there, in .venv-accelerators; `make bench-device` and `make test-device` run on one that is,
+# in the Python that has JAX for it, and install nothing. `make build` builds what is released, in
+# .venv-release, and checks it; `make docs` makes the documentation, in .venv-docs; `make types` asks
+# pyright, in .venv-types, which fetches itself from npm.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -37,7 +38,6 @@ test-fuzz: .venv/installed
 test-accelerators: .venv-accelerators/installed
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-accelerators/bin/python -m pytest -n 2 tests/benchmarks/test_compiled.py
 
-# On a machine with an accelerator, in the Python that has JAX for it: nothing is installed.
 test-device:
 	$(PYTHON) -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -m device tests/test_device.py tests/test_golden.py
 

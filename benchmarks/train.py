@@ -48,7 +48,7 @@ class Config:
     """What optimizers add to a training step."""
 
     network: tuple[Name, ...] = get_args(Name)
-    """Networks; `unrolled` is only compiled."""
+    """Networks; `unrolled` is only compiled. Without any, what was measured before is shown."""
     optimizer: tuple[str, ...] = NAMES
     """Optimizers; plain SGD and Adam are always there."""
     width: int = 1536
@@ -201,6 +201,34 @@ def compile_unrolled(config: Config) -> list[Row]:
     return rows
 
 
+def state_bytes(name: str) -> float:
+    """Bytes of the optimizer's state a weight, where all weights are in groups."""
+    params = {"kernel": jax.ShapeDtypeStruct((1536, 1536), jnp.float32)}
+    state = jax.eval_shape(OPTIMIZERS[name](so.per_filter()).init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1536**2
+
+
+def summary(results: dict[str, dict[str, list[Row]]]) -> list[Row]:
+    """How much longer than with Adam a training step takes, by medians, and the state's size."""
+    found: dict[str, Row] = {}
+    for version, networks in results.items():
+        for network in ("columns", "layers", "convolutions"):
+            seconds = {row["optimizer"]: row["seconds"] for row in networks.get(network, ())}
+            for name in seconds:
+                if name != "sgd":
+                    percent = 100 * (seconds[name] / seconds["optax.adam"] - 1)
+                    found.setdefault(name, {})[f"{network}, {version}"] = percent
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    return [
+        {
+            "optimizer": name,
+            "state, bytes a weight": f"{state_bytes(name):.1f}",
+            **{column: f"{row[column]:+.0f} %" if column in row else "-" for column in columns},
+        }
+        for name, row in found.items()
+    ]
+
+
 def show(version: str, network: str, rows: list[Row]) -> None:
     if network == "unrolled":
         print_table(f"JAX {version}, {network}: seconds for tracing and compiling", rows)
@@ -230,11 +258,14 @@ def main(config: Config) -> None:
     before = report.get("results", {}).get(version, {})
     report.setdefault("results", {})[version] = before | results
     settings = {name: getattr(config, name) for name in ("width", "depth", "rounds")}
-    path.write_text(json.dumps(report | {"machine": machine(), "settings": settings}, indent=1))
+    if results:
+        path.write_text(json.dumps(report | {"machine": machine(), "settings": settings}, indent=1))
+    if rows := summary(report["results"]):
+        print_table("A training step beside one with Adam, and the optimizer's state", rows)
     for each, networks in report["results"].items():
         for name, rows in networks.items():
             show(each, name, rows)
-    print(f"\nAdded: medians (quartiles) of the rounds. Wrote {path}.")
+    print("\nAdded: medians (quartiles) of the rounds." + (f" Wrote {path}." if results else ""))
 
 
 if __name__ == "__main__":

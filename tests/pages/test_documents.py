@@ -75,8 +75,10 @@ def test_every_program_is_listed_and_explains_itself():
         called = path.relative_to(ROOT).as_posix()
         name = {"examples/paper/__main__.py": "python -m examples.paper"}.get(called, called)
         assert name in listed, name
-        assert "tyro.cli(" in path.read_text(), name
-        assert "description=__doc__)" in path.read_text(), name  # --help says what the file says
+        text = re.sub(r",?\s+\)", ")", path.read_text())
+        # device.py runs where there is no tyro.
+        assert "tyro.cli(" in text or called == "benchmarks/device.py", name
+        assert "description=__doc__)" in text, name  # --help says what the file says
 
 
 def table_codes(name):
