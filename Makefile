@@ -86,6 +86,7 @@ build: .venv-release/installed
 docs: .venv-docs/installed
 	.venv-docs/bin/python -m pytest -n 2 tests/pages/test_documents.py tests/detection/test_transposed.py tests/detection/test_half_precision.py
 	PATH=$(CURDIR)/.venv-docs/bin:$$PATH JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	.venv-docs/bin/python -m pytest -n 2 tests/pages/test_site.py
 
 # What a user's editor says of a program of theirs, and how much of the public names has a type.
 types: .venv-types/installed

@@ -70,7 +70,7 @@ def of_nnx(compute, weights):
 
 
 @pytest.mark.parametrize(("weights", "compute"), PRECISIONS)
-@pytest.mark.parametrize("make", [linen, of_nnx])
+@pytest.mark.parametrize("make", [pytest.param(linen, marks=pytest.mark.slow), of_nnx])
 def test_groups_do_not_depend_on_the_precision(make, weights, compute):
     fn, params = make(compute, weights)
     found = so.find_radial_groups(fn, params, X)

@@ -60,7 +60,9 @@ def quotient(name, state, g, x, unit):
     return m, (np.sqrt(v / r.reshape(v.shape) ** 2) + EPS) / math.sqrt(size)
 
 
-@pytest.mark.parametrize("case", ["filters", "heads", "joint blocks"])
+@pytest.mark.parametrize(
+    "case", ["filters", pytest.param("heads", marks=pytest.mark.slow), "joint blocks"]
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_is_that_of_the_state(name, case, x64):
     shapes, groups = CASES[case]

@@ -49,6 +49,7 @@ def test_all_documents_with_programs_are_known():
     assert {name for name in found if list(blocks(name))} == set(SHOWN)
 
 
+@pytest.mark.slow  # and in `make docs`
 @pytest.mark.parametrize("name", SHOWN)
 def test_examples_run(name, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")

@@ -169,6 +169,8 @@ WRITTEN = {  # what each program writes to --out
     "examples/distributed.py": ["1.npz", "2.npz"],
     "examples/effective_learning_rate.py": ["results.json", "curves.png"],
     "examples/language.py": ["results.json", "curves.png"],
+    "examples/plasticity.py": ["results.json", "why.png", "rates.png"],
+    "examples/ranking.py": ["runs.jsonl", "results.json"],
     "examples/scale_law.py": ["runs.jsonl", "results.json", "curves.png"],
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
     "examples/transfer.py": ["runs.jsonl", "results.json", "curves.png"],

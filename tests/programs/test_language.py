@@ -103,8 +103,11 @@ def test_eight_devices_give_the_losses_of_one(text, tmp_path, undisturbed):
     np.testing.assert_allclose(*(list(each.values()) for each in angles), rtol=1e-3)
 
 
+OTHERS = ("adamh", "adamw", "adamsrt", "rotational_adamw", "muon")
+
+
 @pytest.mark.parametrize(
-    "name", ["adamh", "muonh", "adamw", "muon", "adamsrt", "rotational_adamw", "ngpt"]
+    "name", ["muonh", "ngpt", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
 def test_each_optimizer_lowers_the_loss(language, name):
     size = language.Size(1, 16, 2, 32, 8, 32, normalized=name == "ngpt")
@@ -123,6 +126,7 @@ def test_each_optimizer_lowers_the_loss(language, name):
         np.testing.assert_allclose(list(metrics["radius"].values()), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up(language):
     size = language.Size(1, 16, 2, 32, 8, 32)
     graph, params = language.initialise(size, 0)

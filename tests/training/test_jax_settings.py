@@ -72,7 +72,10 @@ def two_steps(tx, dtype="float32"):
     return params
 
 
-@pytest.mark.parametrize("flag", FLAGS)
+SLOW = pytest.param("check_tracer_leaks", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("flag", [*(flag for flag in FLAGS if flag not in SLOW.values), SLOW])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_under_a_flag(name, flag):
     expected = two_steps(OPTIMIZERS[name]())

@@ -1,0 +1,155 @@
+"""The site that `make docs` builds: links, formulas, and pages in a browser."""
+
+import contextlib
+import functools
+import html.parser
+import http.server
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import threading
+import urllib.parse
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SITE = ROOT / "out" / "site"
+PAGES = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html"))
+
+pytestmark = pytest.mark.skipif(not PAGES, reason="make docs builds the site")
+
+
+class Page(html.parser.HTMLParser):
+    """Links, what is fetched, places to link to, images and formulas."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__()
+        self.links, self.fetched, self.ids, self.images, self.formulas = [], [], set(), [], 0
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if tag == "a" and found.get("href"):
+            self.links.append(found["href"])
+        if tag in ("script", "img", "iframe") and found.get("src"):
+            self.fetched.append(found["src"])
+        if tag == "link" and "stylesheet" in found.get("rel", ""):
+            self.fetched.append(found["href"])
+        if tag == "img":
+            self.images.append(found)
+        self.formulas += tag == "math"
+        self.ids.update(value for key, value in attrs if key in ("id", "name") and value)
+
+
+@functools.cache
+def page(path):
+    return Page(path)
+
+
+def target(source, link):
+    """The file and the anchor of a link, `None` for one to elsewhere."""
+    parts = urllib.parse.urlsplit(link)
+    if parts.scheme or parts.netloc:
+        return None
+    found = (source.parent / urllib.parse.unquote(parts.path)) if parts.path else source
+    if parts.path.startswith("/"):
+        found = SITE / parts.path.lstrip("/")
+    return (found / "index.html" if found.is_dir() else found), urllib.parse.unquote(parts.fragment)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_dead_link(name):
+    source, dead = SITE / name, []
+    for link in page(source).links + page(source).fetched:
+        where = target(source, link)
+        if where is None:
+            continue
+        path, anchor = where
+        known = path.suffix != ".html" or not anchor or not path.exists()
+        if not path.exists() or not (known or anchor in page(path).ids):
+            dead.append(link)
+    assert not dead
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_fetched_from_elsewhere(name):
+    fetched = [link for link in page(SITE / name).fetched if not link.startswith("data:")]
+    assert [link for link in fetched if target(SITE / name, link) is None] == []
+
+
+def test_formulas_are_rendered():
+    for path in (ROOT / "docs").glob("*.md"):
+        built = SITE / path.stem / "index.html" if path.stem != "index" else SITE / "index.html"
+        assert page(built).formulas == path.read_text().count("$$") // 2, path.name
+        text = re.sub(r"<(code|pre).*?</\1>", "", built.read_text(), flags=re.DOTALL)
+        assert "$$" not in text, path.name
+    assert page(SITE / "theory" / "index.html").formulas > 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_images_have_words(name):
+    assert [found for found in page(SITE / name).images if not found.get("alt")] == []
+
+
+def test_links_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        assert (ROOT / path).exists(), link
+        if anchor:
+            built = SITE / path.removeprefix("docs/").removesuffix(".md") / "index.html"
+            assert anchor in page(built).ids, link
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def served():
+    handler = functools.partial(Quiet, directory=SITE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is here")
+@pytest.mark.parametrize(
+    "name", ["", "theory/", "which/", "tutorials/transformer/", "reference/groups/"]
+)
+def test_no_error_in_a_browser(name, tmp_path):
+    """Without a network but the site itself."""
+    with served() as address:
+        done = subprocess.run(
+            [
+                BROWSER,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={tmp_path}",
+                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+                "--enable-logging=stderr",
+                "--virtual-time-budget=5000",
+                "--dump-dom",
+                f"{address}/{name}",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            env=os.environ,
+        )
+    assert "</html>" in done.stdout
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert said == []
