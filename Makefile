@@ -1,59 +1,52 @@
-# `make demo` runs the main job, `make test` the checks and tests; both work from a fresh clone
-# and install what they need into .venv, in the versions of tests/locked.txt, which `make lock`
-# makes anew. `make test-slow` runs whole programs, eight devices, and kills and resumes.
-# `make test-oldest` runs all tests in .venv-oldest, with the oldest versions that pyproject.toml
-# admits, `make test-newest` in .venv-newest, with the newest, on a Python of 3.12 or later if there
-# is one; `make test-fuzz` draws 1000 random examples for each law, which takes a quarter of an hour.
-# `make bench-train` measures on the versions of `make test` and on the newest. `make bench-compiled`,
-# `make bench-sharded` and `make test-accelerators` look at the programs for accelerators that are
-# not there, in .venv-accelerators; `make bench-device` and `make test-device` run on one that is,
-# in the Python that has JAX for it, and install nothing. `make build` builds what is released, in
-# .venv-release, and checks it; `make docs` makes the documentation, in .venv-docs; `make types` asks
-# pyright, in .venv-types, which fetches itself from npm.
+# `make help` lists the commands. Each creates the environment that it needs, in the versions of
+# tests/locked.txt where there are locked ones.
 
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA := test
 
-.PHONY: demo test test-slow test-oldest test-newest test-fuzz test-accelerators test-device bench-device lint lock bench bench-train bench-compiled bench-sharded build docs types clean
+.PHONY: help demo test test-slow test-oldest test-newest test-fuzz test-accelerators test-device bench-device lint lock bench bench-train bench-compiled bench-sharded build docs types clean
 
-demo: .venv/installed
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/installed ## the main job: a small network under several optimizers, in out/digits
 	$(BIN)/python examples/digits.py
 
-test: .venv/installed lint
+test: .venv/installed lint ## linter, type checker and tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: .venv/installed
+test-slow: .venv/installed ## whole programs, eight devices, kills and resumes
 	$(BIN)/python -m pytest -n 2 -m slow
 
-test-oldest: .venv-oldest/installed
+test-oldest: .venv-oldest/installed ## all tests with the oldest versions that pyproject.toml admits
 	.venv-oldest/bin/python -m pytest -n 2
 
-test-newest: .venv-newest/installed
+test-newest: .venv-newest/installed ## all tests with the newest, on a Python of 3.12 or later
 	.venv-newest/bin/python -m pytest -n 2
 
-test-fuzz: .venv/installed
+test-fuzz: .venv/installed ## 1000 random examples for each law, a quarter of an hour
 	FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/test_fuzz.py
 
-test-accelerators: .venv-accelerators/installed
+test-accelerators: .venv-accelerators/installed ## the programs for accelerators that are not there
 	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-accelerators/bin/python -m pytest -n 2 tests/benchmarks/test_compiled.py
 
-test-device:
+test-device: ## numbers on the accelerator that is there; nothing is installed
 	$(PYTHON) -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -m device tests/test_device.py tests/test_golden.py
 
-bench-device:
+bench-device: ## times on the accelerator that is there; nothing is installed
 	$(PYTHON) benchmarks/device.py
 
-lint: .venv/installed
+lint: .venv/installed ## linter, format and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lock: .venv-release/installed
+lock: .venv-release/installed ## the locked versions, made anew
 	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-release/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra test pyproject.toml --output-file tests/locked.txt
 
-# Short forms of the benchmarks, under 5 minutes; without options they take longer.
-bench: .venv/installed
+# Without options they take longer.
+bench: .venv/installed ## short forms of the benchmarks, under 5 minutes
 	$(BIN)/python benchmarks/step.py --tree resnet18 --sweeps 1 --out out/benchmarks
 	$(BIN)/python benchmarks/train.py --network columns unrolled --width 512 --depth 4 --rounds 5 --out out/benchmarks
 	$(BIN)/python benchmarks/scaling.py --parameters 1e5 1e6 1e7 --layers 10 100 --kernels 10 100 --rounds 11 --out out/benchmarks
@@ -62,20 +55,20 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/precision.py --steps 1000 --out out/benchmarks
 	$(BIN)/python benchmarks/detection.py --small --out out/benchmarks
 
-# The first table of the page on speed: a quarter of an hour for each version.
-bench-train: .venv/installed .venv-newest/installed
+# The first tables of the page on speed.
+bench-train: .venv/installed .venv-newest/installed ## training steps on two versions of JAX, half an hour
 	$(BIN)/python benchmarks/train.py
 	.venv-newest/bin/python benchmarks/train.py
 
-# Compile for accelerators that are not there, and run nothing: a quarter of an hour, 7 minutes.
-bench-compiled: .venv-accelerators/installed
+# These two compile for accelerators that are not there, and run nothing.
+bench-compiled: .venv-accelerators/installed ## what an H100 and a TPU would move, a quarter of an hour
 	.venv-accelerators/bin/python benchmarks/compiled.py --out out/benchmarks
 
-bench-sharded: .venv-accelerators/installed
+bench-sharded: .venv-accelerators/installed ## programs over many devices, 7 minutes
 	.venv-accelerators/bin/python benchmarks/sharded.py --out out/benchmarks
 
 # The wheel and the sdist in dist/: their contents, and the wheel in an environment of its own.
-build: .venv-release/installed
+build: .venv-release/installed ## wheel and sdist in dist/, checked
 	rm -rf dist
 	.venv-release/bin/python -m build
 	.venv-release/bin/python -m twine check --strict dist/*
@@ -83,13 +76,13 @@ build: .venv-release/installed
 
 # What is written is executed: the pages' programs by the tests, the tutorials in the build. Tests
 # of Haiku and Keras run here, where these are installed.
-docs: .venv-docs/installed
+docs: .venv-docs/installed ## the documentation in out/site, its programs and links tested
 	.venv-docs/bin/python -m pytest -n 2 tests/pages/test_documents.py tests/detection/test_transposed.py tests/detection/test_half_precision.py
 	PATH=$(CURDIR)/.venv-docs/bin:$$PATH JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 	.venv-docs/bin/python -m pytest -n 2 tests/pages/test_site.py
 
 # What a user's editor says of a program of theirs, and how much of the public names has a type.
-types: .venv-types/installed
+types: .venv-types/installed ## what a user's editor says: pyright
 	. .venv-types/bin/activate && pyright && pyright --ignoreexternal --verifytypes spherical_optax
 
 .venv/installed: tests/locked.txt
@@ -108,5 +101,5 @@ $(ENVIRONMENTS:=/installed): pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --editable ".[$(EXTRA)]" $(VERSIONS)
 	touch $@
 
-clean:
+clean: ## removes environments, caches and dist/
 	rm -rf $(ENVIRONMENTS) dist .jax_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis

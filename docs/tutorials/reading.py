@@ -104,7 +104,7 @@ name = "sphere/hidden2"
 
 
 def show(runs, keys, titles):
-    _, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 3.2), layout="constrained")
+    _, axes = plt.subplots(len(keys), 1, figsize=(7, 2.6 * len(keys)), layout="constrained")
     for ax, key, title in zip(axes, keys, titles, strict=True):
         for label, run in runs.items():
             ax.plot(run[key], label=label, lw=1)
@@ -156,7 +156,7 @@ plt.show()
 # %%
 wrong = so.groups_by_path({r"hidden\d|head": so.per_filter()})
 run = train(optax.adamw(3e-3), wrong)
-_, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+_, ax = plt.subplots(figsize=(7, 4), layout="constrained")
 for leaf in ("hidden1", "hidden2", "head"):
     ax.plot(run[f"sphere/{leaf}/gradient_cosine_max"], label=leaf)
 ax.set(xlabel="step", ylabel="largest |cosine| of gradient and weights", yscale="log")

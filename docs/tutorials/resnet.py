@@ -160,7 +160,7 @@ panels = {
     "sphere/block2/conv2/kernel/radius_mean": "mean radius, block2/conv2",
     "sphere/block2/conv2/kernel/angle_mean": "mean angle per step (rad), block2/conv2",
 }
-_, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+_, axes = plt.subplots(2, 2, figsize=(7.5, 6), layout="constrained")
 for ax, (key, label) in zip(axes.flat, panels.items(), strict=True):
     for name, (_, history) in runs.items():
         ax.plot(range(1, EPOCHS + 1), [epoch[key] for epoch in history], label=name)

@@ -144,7 +144,7 @@ for name, (losses, _) in runs.items():
 
 # %%
 matrices = [f"sphere/blocks/1/{name}/kernel" for name in ("q", "v", "up", "down")]
-_, axes = plt.subplots(1, 3, figsize=(9.6, 3.6), layout="constrained")
+_, axes = plt.subplots(3, 1, figsize=(7, 9), layout="constrained")
 for (name, (losses, reports)), style in zip(runs.items(), ("--", "-"), strict=True):
     axes[0].plot(np.convolve(losses, np.ones(10) / 10, "valid"), style, label=name)
     at = np.arange(10, STEPS + 1, 10)
@@ -163,7 +163,7 @@ for ax, label in zip(
     ax.set(xlabel="step", ylabel=label)
     ax.grid(alpha=0.3)
 axes[0].legend()
-axes[1].legend(fontsize=7, ncols=2)
+axes[1].legend(fontsize=9, ncols=2)
 plt.show()
 
 # %% [markdown]

@@ -5,6 +5,13 @@ from spherical_optax._checks.numbers import (
     check_learning_rate,
     check_number,
     check_transformation,
+    warn_of_angle,
 )
 
-__all__ = ["check_adam", "check_learning_rate", "check_number", "check_transformation"]
+__all__ = [
+    "check_adam",
+    "check_learning_rate",
+    "check_number",
+    "check_transformation",
+    "warn_of_angle",
+]

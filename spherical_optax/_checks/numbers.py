@@ -1,6 +1,7 @@
 """Checks of hyperparameters, made where an optimizer is built."""
 
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -53,6 +54,27 @@ def check_learning_rate(who: str, learning_rate: Any, name: str = "learning_rate
     """Raises unless the learning rate is a schedule or a number of at least 0."""
     if not callable(learning_rate):
         check_number(who, name, learning_rate)
+        return
+    try:
+        found = jax.eval_shape(learning_rate, jax.ShapeDtypeStruct((), "int32"))
+    except Exception:  # it cannot be traced: the first step says more
+        return
+    if not isinstance(found, jax.ShapeDtypeStruct) or found.shape:
+        raise TypeError(
+            f"{who}: expected {name} to return a number for each step, found {found!r}; a "
+            "schedule is a function of the step's number, such as optax.cosine_decay_schedule."
+        )
+
+
+def warn_of_angle(who: str, angle: Any) -> None:
+    """Warns of an angle, known as a number, of more than a radian a step."""
+    if isinstance(angle, int | float) and angle > 1:
+        warnings.warn(
+            f"{who}: expected an angle of at most 1 radian a step, found {angle:g}; 0.01 to 0.1 "
+            "are usual.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def check_adam(who: str, b1: Any, b2: Any, eps: Any = 0.0) -> None:

@@ -6,7 +6,9 @@ random function of the outputs, one gradient decides for all leaves and partitio
 found is confirmed by what it claims: all groups are scaled by random factors, and the outputs stay.
 """
 
+import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +103,7 @@ def find_radial_groups(
     References:
       Roburin et al., Neurocomputing 2022, section 2 (radial invariance).
     """
+    _check_order("find_radial_groups", fn, params)
     if _complex.is_complex(params):
         params, fn = _complex.split(params), _complex.of_pairs(fn)
     progress = _named("find_radial_groups", progress)
@@ -162,9 +165,11 @@ def check_radial_groups(fn: Callable[..., Any], params: Any, groups: Groups, *ar
           ...
       ValueError: check_radial_groups: 1 of 1 groups:
       kernel of shape (4, 8): expected an invariant group, found a deviation of 1 for \
-RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
+so.per_filter(); invariant is so.per_layer().
+      Rules that fit: so.groups_by_path({r"^kernel$": so.per_layer()})
     """
     who = "check_radial_groups"
+    _check_order(who, fn, params, groups)
     if _complex.is_complex(params):
         params, fn = _complex.split(params), _complex.of_pairs(fn)
     joints = joints_of(groups, params)
@@ -177,15 +182,19 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
     tangent = [joint for joint in joints if experiment.deviation(joint) <= limit]
     changes = moving(experiment, tangent)
     found_for = {i: joint for joint in confirmed for i in joint}
-    faults = []
+    faults: list[str] = []
+    fitting: list[Joint] = []
     hints = dict.fromkeys([_doubts.HALF] if experiment.is_narrow else [])
     for joint in joints:
         i = next(iter(joint))
         fault, hint = _fault(experiment, result, joint, found_for.get(i), changes.get(i))
         faults += [fault] if fault else []
+        fitting += [found_for[i]] if fault and i in found_for else []
         hints |= {hint: None} if hint else {}
     if faults:
-        lines = [f"{who}: {len(faults)} of {len(joints)} groups:", *faults, *hints]
+        lines = [f"{who}: {len(faults)} of {len(joints)} groups:", *faults]
+        lines += [_rules(experiment, fitting)] if fitting else []
+        lines += hints
         raise ValueError("\n".join([*lines, *_doubts.varied_arguments(experiment)]))
     grouped = {i for joint in joints for i in joint}
     if grouped & result.finer.keys():
@@ -200,6 +209,17 @@ RadialGroup(index_axes=(-1,)); invariant is RadialGroup(index_axes=()).
     if left:
         text = f"{who}: these have no group, and are invariant: {', '.join(left)}."
         warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _check_order(who: str, fn: Any, params: Any, groups: Any = None) -> None:
+    """Raises a `TypeError` where arguments have changed places."""
+    order = "fn, params, groups, *args" if who == "check_radial_groups" else "fn, params, *args"
+    named = {"fn": not callable(fn), "params": inspect.isroutine(params)}
+    named["groups"] = hasattr(groups, "dtype")
+    for name, value in (("fn", fn), ("params", params), ("groups", groups)):
+        if named[name]:
+            found = "an array" if name == "groups" else f"a {type(value).__name__}"
+            raise TypeError(f"{who}: expected {who}({order}), found {found} as {name}.")
 
 
 def _fault(
@@ -247,10 +267,31 @@ def _fault(
 
 def _written(group: RadialGroup) -> str:
     """The group as one would write it."""
-    fields = [f"index_axes={group.index_axes}"]
-    fields += [f"num_blocks={group.num_blocks}"] if group.num_blocks is not None else []
-    fields += [f"joint={group.joint!r}"] if group.joint is not None else []
-    return f"RadialGroup({', '.join(fields)})"
+    axes, blocks = group.index_axes, group.num_blocks
+    joint = [f"joint={group.joint!r}"] if group.joint is not None else []
+    ndim = [f"ndim={group.ndim}"] if group.ndim is not None else []
+    if axes == () and blocks is None:
+        name, fields = "per_layer", []
+    elif len(axes) == 1 and blocks is None:
+        name, fields = "per_filter", [f"axis={axes[0]}"] if axes != (-1,) else []
+    elif len(axes) == 1 and not ndim:
+        name = "per_channel_block"
+        fields = [str(blocks), *([f"axis={axes[0]}"] if axes != (-1,) else [])]
+    else:
+        name = "RadialGroup"
+        fields = [str(axes), *([f"num_blocks={blocks}"] if blocks is not None else [])]
+    return f"so.{name}({', '.join([*fields, *joint, *ndim])})"
+
+
+def _rules(experiment: Experiment, joints: list[Joint]) -> str:
+    """The groups that were found for some leaves, as rules to paste."""
+    group_of = {
+        rf"^{re.escape(experiment.leaves[i].path)}$": _written(group)
+        for joint in joints
+        for i, group in joint.items()
+    }
+    rules = ", ".join(f'r"{pattern}": {group}' for pattern, group in group_of.items())
+    return f"Rules that fit: so.groups_by_path({{{rules}}})"
 
 
 def _searched(

@@ -98,9 +98,9 @@ def _rules_or_tree(groups: Any, tree: Any) -> Any:
     is_tree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(groups))
     if callable(groups) and (not is_tree or isinstance(groups, jax.tree_util.Partial)):
         groups = groups(tree)
-    if groups is None:
+    if groups is None or groups is False:
         raise ValueError(
-            "groups: expected a group for some of the leaves, found None for all of them: the "
+            f"groups: expected a group for some of the leaves, found {groups} for all of them: the "
             "optimizer would be one without groups. optax.inject_hyperparams takes a function of "
             'groups for a schedule and calls it with a step: name it in static_args=("groups",), '
             "or pass the rules of groups_by_path."

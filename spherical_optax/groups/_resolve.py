@@ -165,4 +165,20 @@ def joints_at_init(groups: Groups, params: Any, keeps_radius: str | None = None)
             stacklevel=2,
         )
     warn_of_windows(joints, leaves)
+    _warn_of_narrow_weights([leaves[i] for joint in joints for i in joint])
     return joints
+
+
+def _warn_of_narrow_weights(leaves: list[_trees.Leaf]) -> None:
+    """Warns of weights in half precision, once in a program."""
+    narrow = [leaf for leaf in leaves if leaf.value.dtype.itemsize < 4]
+    if narrow:
+        first = narrow[0]
+        warnings.warn(
+            f"{first.path or 'the parameters'}: expected float32 weights in groups, found "
+            f"{first.value.dtype} for {len(narrow)} of {len(leaves)} leaves: steps of less than "
+            "0.4 % of a weight (of float16, 0.05 %) are rounded away. Keep weights in float32, and "
+            "compute in half precision.",
+            UserWarning,
+            stacklevel=2,
+        )

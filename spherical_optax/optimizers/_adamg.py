@@ -4,12 +4,14 @@ import jax
 import optax
 
 from spherical_optax._checks import check_adam
+from spherical_optax._checks.arguments import groups_by_name
 from spherical_optax._checks.at_init import refuse_single_entries, require_other
 from spherical_optax.groups import Groups
 from spherical_optax.transforms import chain, retract, scale_by_adamg, scale_by_adamg_star
 from spherical_optax.transforms._learning_rates import learning_rates_as
 
 
+@groups_by_name
 def adamg(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -73,6 +75,7 @@ def adamg(
     return refuse_single_entries("adamg", groups, tx)
 
 
+@groups_by_name
 def adamg_star(
     learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike = 0.0, *, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spherical_optax._checks import check_adam, check_number
+from spherical_optax._checks.arguments import groups_by_name
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._common import decays, learning_rates
@@ -14,6 +15,7 @@ from spherical_optax.transforms import chain
 from spherical_optax.transforms._project_if_tangent import project_if_tangent_as
 
 
+@groups_by_name
 def adamp(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -108,6 +110,7 @@ def _scale_by_nesterov_adam(
     return optax.GradientTransformation(init, update)
 
 
+@groups_by_name
 def sgdp(
     learning_rate: optax.ScalarOrSchedule,
     momentum: jax.typing.ArrayLike = 0.9,

@@ -4,12 +4,14 @@ import jax
 import optax
 
 from spherical_optax._checks import check_adam
+from spherical_optax._checks.arguments import groups_by_name
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._common import decayed_weights, learning_rates
 from spherical_optax.transforms import chain, scale_by_adams, scale_by_adamsrt
 
 
+@groups_by_name
 def adams(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -74,6 +76,7 @@ def adams(
     )
 
 
+@groups_by_name
 def adamsrt(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -131,6 +134,7 @@ def adamsrt(
     )
 
 
+@groups_by_name
 def adamsw(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -192,6 +196,7 @@ def adamsw(
     )
 
 
+@groups_by_name
 def adamsrtw(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,

@@ -4,7 +4,12 @@ from typing import Any
 
 import optax
 
-from spherical_optax._checks import check_learning_rate, check_number, check_transformation
+from spherical_optax._checks import (
+    check_learning_rate,
+    check_number,
+    check_transformation,
+    warn_of_angle,
+)
 from spherical_optax._checks.at_init import require_direction, require_other, require_spheres
 from spherical_optax._engine.layout import no_params
 from spherical_optax._masks import Mask, checked, in_groups
@@ -70,6 +75,7 @@ def at_fixed_radius(
 ) -> optax.GradientTransformationExtraArgs:
     """Groups take steps of an angle along the direction of inner, and keep a radius."""
     check_transformation(who, inner)
+    warn_of_angle(who, angle)
     initial = isinstance(radius, str) and radius == "initial"
     return chain(
         require_spheres(who, groups, center=center, warn=not initial),  # retract warns of its own

@@ -9,6 +9,7 @@ from optax import contrib
 
 from spherical_optax import _trees
 from spherical_optax._checks import check_adam, check_number
+from spherical_optax._checks.arguments import groups_by_name
 from spherical_optax.groups import Groups, RadialGroup, joints_of
 from spherical_optax.optimizers._common import at_fixed_radius, no_weight_decay
 from spherical_optax.transforms import normalize_updates
@@ -16,6 +17,7 @@ from spherical_optax.transforms._learning_rates import Rates
 from spherical_optax.transforms._radius import Radius
 
 
+@groups_by_name
 def hyperball(
     inner: optax.GradientTransformation,
     learning_rate: Rates,
@@ -80,6 +82,7 @@ def _hyperball(
     return at_fixed_radius(who, inner, step, learning_rate, groups, other, radius)
 
 
+@groups_by_name
 def adamh(
     learning_rate: Rates,
     b1: jax.typing.ArrayLike = 0.9,
@@ -140,6 +143,7 @@ def adamh(
     return _hyperball("adamh", adam, learning_rate, groups, other, radius)
 
 
+@groups_by_name
 def muonh(
     learning_rate: Rates,
     momentum: jax.typing.ArrayLike = 0.95,

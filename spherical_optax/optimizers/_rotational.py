@@ -12,6 +12,7 @@ from spherical_optax._checks import (
     check_learning_rate,
     check_number,
 )
+from spherical_optax._checks.arguments import groups_by_name
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._common import at_fixed_radius, decayed_weights
@@ -23,6 +24,7 @@ from spherical_optax.transforms import (
 from spherical_optax.transforms._radius import Radius
 
 
+@groups_by_name
 def rotational(
     inner: optax.GradientTransformation,
     average_angle: optax.ScalarOrSchedule,
@@ -128,6 +130,7 @@ def _equilibrium(
     return angle(learning_rate), other
 
 
+@groups_by_name
 def rotational_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,
@@ -190,6 +193,7 @@ def rotational_adamw(
     return _rotational(who, adam, angle, other, groups, radius, center)
 
 
+@groups_by_name
 def rotational_sgdm(
     learning_rate: optax.ScalarOrSchedule,
     momentum: jax.typing.ArrayLike = 0.9,
@@ -249,6 +253,7 @@ def rotational_sgdm(
     return _rotational(who, trace, angle, other, groups, radius, center)
 
 
+@groups_by_name
 def rotational_lion(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike = 0.9,

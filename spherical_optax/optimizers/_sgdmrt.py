@@ -4,12 +4,14 @@ import jax
 import optax
 
 from spherical_optax._checks import check_number
+from spherical_optax._checks.arguments import groups_by_name
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._common import decayed_weights, decays, learning_rates
 from spherical_optax.transforms import chain, transported_trace
 
 
+@groups_by_name
 def sgdmrt(
     learning_rate: optax.ScalarOrSchedule,
     momentum: jax.typing.ArrayLike = 0.9,

@@ -32,6 +32,7 @@ SHOWN = {  # how many programs a document has, and the numbers of those whose ou
     "docs/built.md": (3, {1, 2}),
     "docs/coming_from_adam.md": (1, {0}),
     "docs/decay.md": (1, {}),
+    "docs/fine_tuning.md": (4, {1, 2, 3}),
     "docs/frameworks.md": (6, {1}),
     "docs/groups.md": (3, {0}),
     "docs/index.md": (1, {0}),

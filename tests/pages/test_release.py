@@ -21,8 +21,8 @@ def check_tag(*tag):
 
 
 def test_newest_entry_of_the_changelog_is_this_version():
-    headings = re.findall(r"^## \[(.*?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    (unreleased, _), (newest, date) = headings[:2]
+    text = (ROOT / "CHANGELOG.md").read_text()
+    (unreleased, _), (newest, date) = re.findall(r"^## (\S+)(.*)$", text, re.MULTILINE)[:2]
     assert unreleased == "Unreleased"
     assert newest == so.__version__
     assert re.fullmatch(r" - \d{4}-\d\d-\d\d", date)

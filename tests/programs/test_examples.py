@@ -171,6 +171,7 @@ WRITTEN = {  # what each program writes to --out
     "examples/language.py": ["results.json", "curves.png"],
     "examples/plasticity.py": ["results.json", "why.png", "rates.png"],
     "examples/ranking.py": ["runs.jsonl", "results.json"],
+    "examples/running_statistics.py": ["results.json"],
     "examples/scale_law.py": ["runs.jsonl", "results.json", "curves.png"],
     "examples/sgd_is_adam_on_the_sphere.py": ["results.json", "curves.png"],
     "examples/transfer.py": ["runs.jsonl", "results.json", "curves.png"],
