@@ -239,7 +239,7 @@ def plot(summary: dict[str, Any], report: dict[Name, np.ndarray], path: pathlib.
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     draws = np.arange(1, DRAWS + 1)
-    colors = {"adamw": STYLES["adamw"][0], "hyperball": STYLES["hyperball"][0]}
+    colors = {"adamw": STYLES["adamw"][0], "hyperball": STYLES["adamh"][0]}
     for name, row in summary.items():
         color = colors.get(name, STYLES["rotational_adamw"][0])
         left.plot(draws, row["loss"], color=color, label=name)

@@ -44,7 +44,7 @@ Name: TypeAlias = Literal[
     "adamg_star",
     "adamp",
     "sgdp",
-    "hyperball",
+    "adamh",
     "rotational_adamw",
     "rotational_sgdm",
     "rotational_lion",
@@ -55,7 +55,7 @@ Name: TypeAlias = Literal[
 Curves: TypeAlias = dict[str, np.ndarray]  # one value per epoch
 Make: TypeAlias = Callable[..., optax.GradientTransformation]
 
-DEFAULT: tuple[Name, ...] = ("adamsrt", "adams", "sgdmrt", "adam", "adamw", "sgd")
+DEFAULT: tuple[Name, ...] = ("adamh", "adamsrt", "adams", "adam", "adamw", "sgd")
 BATCH_SIZE = 128
 
 # BatchNorm follows each convolution, so multiplying a filter by a positive number does not
@@ -77,7 +77,7 @@ SPHERICAL: dict[Name, Make] = {
     "adamg_star": so.adamg_star,
     "adamp": so.adamp,
     "sgdp": so.sgdp,
-    "hyperball": adam_elsewhere(so.adamh),
+    "adamh": adam_elsewhere(so.adamh),
     # The decay sets the angle of a step: more than the defaults, which are for longer runs.
     "rotational_adamw": functools.partial(so.rotational_adamw, weight_decay=0.1),
     "rotational_sgdm": functools.partial(so.rotational_sgdm, weight_decay=1e-3),
@@ -101,7 +101,7 @@ LEARNING_RATES: dict[Name, float] = {
     "adamg_star": 3.0,
     "adamp": 0.3,
     "sgdp": 1.0,
-    "hyperball": 0.1,
+    "adamh": 0.1,
     "rotational_adamw": 0.03,
     "rotational_sgdm": 0.3,
     "rotational_lion": 0.01,
@@ -119,7 +119,7 @@ STYLES: dict[Name, tuple[str, str]] = {
     "adamg_star": ("#999999", "-"),
     "adamp": ("#882255", "-."),
     "sgdp": ("#7A4B1E", "-."),
-    "hyperball": ("#117733", "-"),
+    "adamh": ("#117733", "-"),
     "rotational_adamw": ("#332288", ":"),
     "rotational_sgdm": ("#999933", ":"),
     "rotational_lion": ("#AA4499", ":"),

@@ -71,7 +71,7 @@ class Config:
 
 
 def make_optimizers(rate: float, decay: float) -> dict[str, optax.GradientTransformation]:
-    """SGD with L2 first; what no rule matches follows it everywhere but under Adam."""
+    """SGD with L2 first. It trains leaves without a group everywhere but under Adam."""
     sgd = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
     return {
         "sgd": sgd,

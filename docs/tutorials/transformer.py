@@ -167,6 +167,6 @@ axes[1].legend(fontsize=9, ncols=2)
 plt.show()
 
 # %% [markdown]
-# One seed, one text and no search: this shows how the parts behave and ranks nothing. To use Muon's
+# This is one seed and one text, without a search: it shows how the parts behave. To use Muon's
 # directions on the same spheres, take `so.muonh`; [recipes](../recipes.md) has nGPT and others, and
 # which axis for which leaf of larger transformers. Next: [reading the sphere](reading.py).

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
     Attributes:
       who: Its name, for messages.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       init: As of a transformation.
       state_shapes: The state, with a function of `layout` as `per_group` for each tree like the
         parameters, and `NOT_PER_LEAF` for all else.

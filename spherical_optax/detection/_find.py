@@ -141,7 +141,7 @@ def check_radial_groups(fn: Callable[..., Any], params: Any, groups: Groups, *ar
     Args:
       fn: The forward pass, as in `find_radial_groups`.
       params: The parameters.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       *args: Whatever else `fn` takes.
 
     Raises:

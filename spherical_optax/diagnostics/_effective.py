@@ -161,7 +161,7 @@ def record_effective_learning_rate(
     Args:
       tx: The optimizer: SGD with or without momentum, Adam, AdamW, AdamS, AdamSRT, SGD-MRT, AdamG,
         `hyperball` and `retract` around their directions, and chains with these.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       b1: Decay rate of its first moment `mu`, if it has one.
       b2: Decay rate of its second moment `nu`, if it has one per entry.
       eps: What it adds to the root of that.

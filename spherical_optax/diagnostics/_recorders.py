@@ -69,7 +69,7 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
     rounds it; `sphere_metrics` measures what was kept.
 
     Args:
-      groups: See the module `spherical_optax.groups`. The leaves of a joint group all hold
+      groups: See [`spherical_optax.groups`][]. The leaves of a joint group all hold
         the values of the whole group.
 
     Returns:
@@ -114,7 +114,7 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
     read with `optax.tree.get(state, "gradient_cosine")`.
 
     Args:
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       A transformation with state `RecordGradientState`; `update` needs params.
@@ -155,7 +155,7 @@ def sphere_metrics(
     Args:
       params_before: The parameters x: nested dictionaries, an NNX state, any pytree.
       params_after: The parameters x', of the same structure and shapes.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       From the path of each leaf with a group, as in `conv1/kernel`, to its

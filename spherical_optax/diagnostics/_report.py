@@ -41,7 +41,7 @@ def sphere_report(state_or_metrics: Any, params: Any, groups: Groups) -> dict[st
         state: Linen's `TrainState`, an `nnx.Optimizer` or its `opt_state`. Or what
         `sphere_metrics` returns.
       params: The parameters; only paths and shapes are read.
-      groups: See the module `spherical_optax.groups`; those of the recorders.
+      groups: See [`spherical_optax.groups`][]; those of the recorders.
 
     Returns:
       From name to number, in the order of the parameters, with the same names from `init` on:

@@ -24,9 +24,9 @@ class PathRules:
 def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     r"""Groups named by regular expressions on the parameters' paths.
 
-    A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`; the first
-    rule found anywhere in it (`re.search`) decides: `conv/kernel` is also found in
-    `preconv/kernel`, `(^|/)conv/kernel` is not. Leaves that no rule matches have no group.
+    A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`. Rules are tried in
+    order with `re.search`; the first match wins. `conv/kernel` also matches `preconv/kernel`,
+    `(^|/)conv/kernel` does not. Leaves that no rule matches have no group.
     In a `joint` label, `\1` stands for the match's first parenthesis: where that matches a
     module's whole path, one rule forms one joint group per module.
 

@@ -17,7 +17,7 @@ def describe_groups(params: Any, groups: Groups) -> str:
 
     Args:
       params: The parameters.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       One line per leaf that is not `None`, two for a complex one. Entries count all leaves of a

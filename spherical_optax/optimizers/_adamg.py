@@ -40,7 +40,7 @@ def adamg(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       other: The optimizer of leaves without a group, as in `hyperball`.
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
@@ -93,7 +93,7 @@ def adamg_star(
     Args:
       learning_rate: That of the SGD, a number.
       weight_decay: Its L2 factor, a number.
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow SGD with L2, at
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow SGD with L2, at
         the same rate, which is part of the equivalence; `optax.partition` gives them another.
 
     Returns:

@@ -45,7 +45,7 @@ def adamp(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Its factor, beside the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
@@ -138,7 +138,7 @@ def sgdp(
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.sgd`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.sgd`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Its factor, beside the learning rate; it is divided by 1 - momentum.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.

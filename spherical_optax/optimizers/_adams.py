@@ -43,7 +43,7 @@ def adams(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adam`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adam`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Factor of the L2 term.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
@@ -101,7 +101,7 @@ def adamsrt(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adam`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adam`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: In groups it acts 1 - b1 times as strongly as in `adams`: its momentum is
         radial, and not carried.
@@ -163,7 +163,7 @@ def adamsw(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Its factor, beside the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
@@ -219,7 +219,7 @@ def adamsrtw(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: Its factor, beside the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.

@@ -44,7 +44,7 @@ def hyperball(
       learning_rate: The length of a step relative to the radius: a number or a schedule, or a
         dictionary from regular expressions on paths to these, of which the first found
         (`re.search`) decides. Rates and scales inside of `inner` cancel in groups.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
         to be given where there are such leaves. `inner` sees leaves with a group only.
       radius: The radius to keep, as in `retract`: `"initial"` for the length that training begins
@@ -110,7 +110,7 @@ def adamh(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`. As published a group is a matrix,
+      groups: See [`spherical_optax.groups`][]. As published a group is a matrix,
         `per_layer()`, of stacked layers `RadialGroup((0,))`; finer groups keep a radius each.
       other: The optimizer of leaves without a group, as in `hyperball`.
       nesterov: Whether to use Nesterov momentum, as in `optax.adam`.
@@ -173,7 +173,7 @@ def muonh(
     Args:
       learning_rate: The length of a step relative to the radius, as in `hyperball`.
       momentum: Decay rate of Muon's momentum, in [0, 1).
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       other: The optimizer of leaves without a group, as in `hyperball`.
       bias_correction: Whether the Nesterov momentum is corrected for its bias, as in
         `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.

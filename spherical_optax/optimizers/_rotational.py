@@ -49,7 +49,7 @@ def rotational(
     Args:
       inner: The transformation that gives the direction, as in `hyperball`.
       average_angle: A number or a schedule, in radians per step.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       other: The optimizer of leaves without a group, as in `hyperball`.
       radius: The radius to keep, as in `retract`.
       decay: Decay rate of the running mean of squared update norms, in [0, 1).
@@ -156,7 +156,7 @@ def rotational_adamw(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.adamw`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: It sets the angle; decoupled decay of leaves without a group.
       mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
@@ -215,7 +215,7 @@ def rotational_sgdm(
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
-      groups: See the module `spherical_optax.groups`. Leaves without a group follow
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow
         `optax.sgd` after `optax.add_decayed_weights`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: It sets the angle, and coupled decay of leaves without a group.
@@ -277,7 +277,7 @@ def rotational_lion(
       learning_rate: A number or a schedule.
       b1: Weight of the momentum in the sign's argument, in [0, 1).
       b2: Decay rate of the momentum, in [0, 1).
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.lion`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.lion`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: It sets the angle; decoupled decay of leaves without a group.
       mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.

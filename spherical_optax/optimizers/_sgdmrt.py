@@ -36,7 +36,7 @@ def sgdmrt(
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
       dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See `spherical_optax.groups`. Leaves without a group follow `optax.sgd`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.sgd`.
       other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
       weight_decay: In groups it acts 1 - momentum times as strongly as in `optax.sgd` after
         `optax.add_decayed_weights`: its momentum is radial, and not carried.

@@ -53,7 +53,7 @@ def scale_by_adamg(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:

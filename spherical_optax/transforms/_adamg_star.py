@@ -46,7 +46,7 @@ def scale_by_adamg_star(
     Args:
       learning_rate: That of the SGD, a number.
       weight_decay: Its L2 factor, a number; learning_rate weight_decay is below 1.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       A transformation with state `ScaleByAdamgStarState`; `update` needs params, and

@@ -54,7 +54,7 @@ def scale_by_adams(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       mu_dtype: dtype of the first moment; the parameter's if `None`.
       sqrt_dim: Whether to multiply by sqrt(d), which makes an entry's step as long as
         Adam's; without it the group's step has Adam's length of one entry.

@@ -89,7 +89,7 @@ def scale_by_adamsrt(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       mu_dtype: dtype of the first moment; the parameter's if `None`.
 
     Returns:
@@ -160,7 +160,7 @@ def transported_trace(
 
     Args:
       decay: Decay rate of the momentum, in [0, 1).
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       accumulator_dtype: dtype of the momentum; the parameter's if `None`.
 
     Returns:

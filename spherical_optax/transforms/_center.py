@@ -22,7 +22,7 @@ def center_params(params: optax.Params, groups: Groups) -> optax.Params:
 
     Args:
       params: The parameters.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       A tree like params; leaves without a group, and groups of norm zero, as they were.

@@ -36,7 +36,7 @@ def scale_by_learning_rates(
     Args:
       learning_rate: A number or a schedule; or a dictionary from regular expressions on paths to
         these, of which the first found (`re.search`) decides, and which does part them.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       other: The transformation of leaves without a group, sign included, such as a whole optimizer
         or `optax.scale_by_learning_rate(1e-3)`; their rate is `learning_rate` if `None`.
 

@@ -47,7 +47,7 @@ def normalize_updates(
     which turns the sign; behind a whole optimizer, which has turned it, a second time climbs.
 
     Args:
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       decay: Decay rate of the running mean, in [0, 1), or `None` for this update's length.
       eps: Added to the running length.
 
@@ -105,7 +105,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     Weights that were centred before the first step, as by `center_params`, stay so.
 
     Args:
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       A stateless transformation.

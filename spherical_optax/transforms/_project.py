@@ -19,7 +19,7 @@ def project_radial(groups: Groups) -> optax.GradientTransformationExtraArgs:
     ```
 
     Args:
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       A stateless transformation; `update` needs params.

@@ -54,7 +54,7 @@ def project_if_tangent(
 
     Args:
       inner: The transformation that gives the update.
-      groups: See the module `spherical_optax.groups`. Leaves without a group are not
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are not
         projected, and decay in full.
       delta: Threshold of the cosine, at least 0.
       weight_decay: Decoupled decay, before the learning rate.

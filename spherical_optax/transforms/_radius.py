@@ -69,7 +69,7 @@ def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
 
     Args:
       params: The parameters: nested dictionaries, an NNX state, any pytree.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       radius: A number for all groups; or `"sqrt(d)"`, d the entries per group, at which these
         have a mean square of 1; or a dictionary from regular expressions on paths to such
         radii, of which the first found (`re.search`) decides, with one for every group.

@@ -58,7 +58,7 @@ def retract(
     shorter. `place_on_sphere` puts weights there at once.
 
     Args:
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       radius: The sphere's radius, in the forms of `place_on_sphere`, or `"initial"`: the length
         that training begins with. The first update remembers the length that it finds; a later
         one replaces it only where a group has become more than twice or less than half as long.

@@ -50,7 +50,7 @@ def split_radial(
       radial: An optimizer of lengths, such as `optax.sgd(1e-3)`. It is given <g, u>, dL/dr, as
         updates and the lengths as params: trees like the parameters with one value per group,
         on every leaf of a joint group, and 0 for leaves without one.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
 
     Returns:
       A transformation with state `SplitRadialState`; `update` needs params. Lengths are kept in

@@ -70,7 +70,7 @@ def transport_moments(
     Args:
       inner: The transformation whose moments are carried, as `optax.trace(0.9)`; chains and
         injected hyperparameters may be around it.
-      groups: See the module `spherical_optax.groups`.
+      groups: See [`spherical_optax.groups`][].
       first_moments: Fields of the inner state that hold first moments.
       second_moments: Fields that hold second moments, per entry or per group.
       rescale: Whether to multiply by the ratio of radii.

@@ -40,6 +40,7 @@ SHOWN = {  # how many programs a document has, and the numbers of those whose ou
     "docs/scaling.md": (6, {0, 1, 4, 5}),
     "docs/theory.md": (4, {0, 1, 2, 3}),
     "docs/watch.md": (2, {0, 1}),
+    "docs/which.md": (1, {}),
     "docs/weights.md": (5, {0, 1, 2, 3, 4}),
 }
 NEEDS = {"docs/frameworks.md": ("haiku", "keras")}  # in the environment of `make docs`

@@ -57,7 +57,7 @@ def test_found_groups_are_those_of_the_rules(monkeypatch):
 
 @pytest.mark.slow
 def test_the_rest_of_the_family_trains(tmp_path):
-    names = ["adamg", "adamg_star", "adamp", "sgdp", "hyperball"]
+    names = ["adamg", "adamg_star", "adamp", "sgdp", "adamh"]
     names += ["rotational_adamw", "rotational_sgdm", "rotational_lion"]
     options = ["--groups", "auto", "--epochs", "10", "--seeds", "1", "--out", str(tmp_path)]
     result = run("--optimizer", *names, *options)
