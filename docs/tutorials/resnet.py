@@ -187,5 +187,6 @@ def size(tx):
 print({name: f"{size(tx):,} bytes" for name, tx in optimizers.items()})
 
 # %% [markdown]
-# With one seed and 450 test images the differences are within noise; [what is known](../evidence.md)
-# has larger runs. Next: [a transformer](transformer.py), or [what good curves look like](reading.py).
+# With one seed and 450 test images the differences are within noise;
+# [what is known](../evidence.md) has larger runs. Next: [a transformer](transformer.py), or
+# [what good curves look like](reading.py).

@@ -160,7 +160,9 @@ def record_effective_learning_rate(
 
     Args:
       tx: The optimizer: SGD with or without momentum, Adam, AdamW, AdamS, AdamSRT, SGD-MRT, AdamG,
-        `hyperball` and `retract` around their directions, and chains with these.
+        `hyperball` and `retract` around their directions, and chains with these. Not Muon and
+        `muonh`, whose direction is no quotient of two moments: for them `record_sphere` has the
+        angle of each step.
       groups: See [`spherical_optax.groups`][].
       b1: Decay rate of its first moment `mu`, if it has one.
       b2: Decay rate of its second moment `nu`, if it has one per entry.

@@ -3,6 +3,8 @@
 And the oldest versions that are tested are those that pyproject.toml states.
 """
 
+import ast
+import builtins
 import contextlib
 import io
 import itertools
@@ -67,6 +69,29 @@ def test_examples_run(name, monkeypatch):
             exec(compile(program, f"{name}, example {number}", "exec"), namespace)
         if output is not None:
             assert printed.getvalue() == output
+
+
+def names_from_before(program):
+    """Names that a program uses and does not define."""
+    known, used = set(dir(builtins)), set()
+    for node in ast.walk(ast.parse(program)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                known.add(name)
+            case ast.arg(arg=name) | ast.ExceptHandler(name=name):
+                known.add(name)
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                known |= {(each.asname or each.name).partition(".")[0] for each in names}
+    return used - known
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_programs_run_alone_or_say_that_they_go_on(name):
+    for number, (program, _) in enumerate(blocks(name)):
+        goes_on = program.startswith("# Goes on from the programs above.\n")
+        assert goes_on == bool(names_from_before(program)), f"{name}, program {number}"
 
 
 def test_every_program_is_listed_and_explains_itself():

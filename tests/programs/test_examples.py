@@ -316,3 +316,16 @@ def test_bad_option(program, options, message, tmp_path, capsys):
     printed = capsys.readouterr()
     assert stopped.value.code != 0
     assert message in f"{stopped.value}{printed.err}{printed.out}"
+
+
+@pytest.mark.slow
+def test_running_statistics(tmp_path):
+    """Statistics that lag cost accuracy; taken anew, they are as good as those of the batch."""
+    options = ["--steps", "40", "--seeds", "2", "--out", str(tmp_path)]
+    assert run(*options, program="running_statistics.py").returncode == 0
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert len(report["rows"]) == 10
+    for row in report["rows"]:
+        lagging, batch, anew, _ = np.mean(row["accuracies"], axis=0)
+        assert lagging < batch - 5
+        assert abs(anew - batch) < 2
