@@ -18,6 +18,8 @@ import argparse
 import concurrent.futures
 import functools
 import gc
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -54,6 +56,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RATE = 1e-3
 PARTS = ("training", "bare", "memory")
 FEW = ("sgd, plain", "optax.adam", "adamsrt", "muonh")
+BARE_ONLY = ("rotational_sgdm", "rotational_lion", "sgdp", "adamg", "adamg_star")
 IS_CPU = jax.devices()[0].platform == "cpu"
 
 # --- optimizers ---------------------------------------------------------------------------
@@ -100,12 +103,19 @@ def optimizers(spheres: Spheres) -> dict[str, optax.GradientTransformation]:
         "adamh": so.adamh(RATE, groups=layers, other=adam),
         "muonh": so.muonh(RATE, groups=layers, other=adam, weight_dimension_numbers=muon_axes),
         "rotational_adamw": so.rotational_adamw(RATE, groups=neurons),
+        "rotational_sgdm": so.rotational_sgdm(RATE, groups=neurons),
+        "rotational_lion": so.rotational_lion(RATE, groups=neurons),
+        "sgdp": so.sgdp(RATE, groups=groups),
+        "adamg": so.adamg(RATE, groups=groups, other=adam),
+        "adamg_star": so.adamg_star(RATE, 0.01, groups=groups),
     }
 
 
-def names(tiny: bool) -> list[str]:
+def names(tiny: bool, bare: bool = False) -> list[str]:
     every = list(optimizers(Spheres(True, ".")))
-    return [each for each in every if each in FEW] if tiny else every
+    if tiny:
+        return [each for each in every if each in FEW]
+    return every if bare else [each for each in every if each not in BARE_ONLY]
 
 
 # --- inside a training step ---------------------------------------------------------------
@@ -319,7 +329,7 @@ def measure_bare(name: str, tiny: bool, left: Callable[[], float], peak: float) 
     named = functools.partial(jax_runs, tree=tree, grads=grads, repeat=repeat)
     base = {each: named(each) for each in ("optax.adam", "optax.sgd")}
     known = foretold().get(name, {})
-    others = [each for each in names(tiny) if each not in (*base, "sgd, plain")]
+    others = [each for each in names(tiny, bare=True) if each not in (*base, "sgd, plain")]
     for each in (*base, *others, "torch"):
         if left() < 5 and not tiny:
             return
@@ -416,6 +426,7 @@ def said(*command: str) -> str | None:
 def about() -> Row:
     return machine() | {
         "flax": flax.__version__,
+        "torch": importlib.metadata.version("torch") if importlib.util.find_spec("torch") else None,
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "backend": jax.devices()[0].client.platform_version,
         "xla flags": os.environ.get("XLA_FLAGS"),

@@ -139,3 +139,45 @@ import device
     code = program.format(allowed=missing, folder=str(BENCHMARKS))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_device_runs_the_optimizers_of_pytorch():
+    """With as many steps as are asked for, on parameters of the same shapes."""
+    program = """
+import sys, types
+import numpy as np
+made = []
+
+class Optimizer:
+    def __init__(self, params, **options):
+        self.params, self.options, self.steps = params, options, 0
+        made.append(self)
+    def step(self):
+        assert all(param.grad.shape == param.shape for param in self.params)
+        self.steps += 1
+
+def full(shape, value, device, requires_grad):
+    assert (device, requires_grad) == ("cpu", True)
+    return types.SimpleNamespace(shape=shape, grad=None)
+
+torch = types.ModuleType("torch")
+torch.cuda = types.SimpleNamespace(is_available=lambda: False)
+torch.optim = types.SimpleNamespace(Adam=Optimizer, SGD=Optimizer)
+torch.full = full
+torch.full_like = lambda like, value: types.SimpleNamespace(shape=like.shape)
+sys.modules["torch"] = torch
+sys.path.insert(0, {folder!r})
+import device, trees
+tree = trees.resnet18()
+for run in device.torch_runs(tree, 3).values():
+    run()
+assert [each.steps for each in made] == [3, 3]
+assert all(each.options["fused"] for each in made)
+assert made[1].options["momentum"] == 0.9
+assert sum(np.prod(param.shape) for param in made[0].params) == trees.count(tree.shapes)
+"""
+    code = program.format(folder=str(BENCHMARKS))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
