@@ -198,8 +198,7 @@ def measure_training(name: str, tiny: bool, left: Callable[[], float]) -> Iterat
         yield {
             "optimizer": each,
             "milliseconds": 1e3 * float(np.median(times[each])),
-            "per cent more than adam": 100
-            * (ratio(times[each], times["optax.adam"])["median"] - 1),
+            "more than adam (%)": 100 * (ratio(times[each], times["optax.adam"])["median"] - 1),
             "added, to adam": float(np.median(times[each] - times["sgd, plain"])) / adds,
             "temporary memory, to the parameters": memory.temp_size_in_bytes / size,
             "rounds": len(times[each]),

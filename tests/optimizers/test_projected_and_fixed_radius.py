@@ -451,7 +451,7 @@ def test_numbers_out_of_range(make, message):
     "tx",
     [
         so.hyperball(optax.trace(0.9), 0.1, groups={"a": None, "b": None}),
-        so.rotational_adamw(0.1, groups=False),
+        so.rotational_adamw(0.1, groups={"a": None, "b": False}),
     ],
     ids=["hyperball", "rotational"],
 )
