@@ -198,8 +198,19 @@ TABLE = {
 }
 
 
-# Other forms of what is in the table once already.
+# What test-slow asks alone: other forms of an entry, and chains of transforms that are entries, of
+# which one optimizer of each family is asked here, too.
 VARIANTS = (
+    "adams",
+    "adamsw",
+    "adamsrtw",
+    "adamg",
+    "adamg_star",
+    "sgdp",
+    "hyperball",
+    "rotational_adamw",
+    "rotational_sgdm",
+    "rotational_lion",
     "transport_moments(scale_by_adam)",
     "transport_moments(chain)",
     "transport_moments(inject_hyperparams)",

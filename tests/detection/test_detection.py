@@ -531,6 +531,16 @@ def without_labels(groups, params):
     return plain, list(together.values())
 
 
+LARGE = (
+    "MobileNet",
+    "autoencoder of four levels",
+    "deep without a norm",
+    "ladder of 4",
+    "ladder of 10",
+    "diffusion block",
+)
+
+
 def quiet(warned):
     """Warns of having found nothing exactly where it should."""
     return pytest.warns(UserWarning, match="no group is") if warned else contextlib.nullcontext()
@@ -539,7 +549,8 @@ def quiet(warned):
 @pytest.mark.filterwarnings("ignore:scatter inputs")  # NNX's statistics stay float32
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, "float32") for name in MODELS] + [("ConvNeXt", "float64"), ("NNX", "float64")],
+    [pytest.param(name, "float32", marks=[pytest.mark.slow] * (name in LARGE)) for name in MODELS]
+    + [("NNX", "float64"), pytest.param("ConvNeXt", "float64", marks=pytest.mark.slow)],
 )
 def test_every_leaf_is_right(name, dtype):
     with precision(dtype):

@@ -178,8 +178,13 @@ def assert_equal(ours, theirs, **tolerance):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
+QUICK = ("filters", "joint blocks")
+PAIRS = [(n, c) for n in OPTIMIZERS for c in LAYOUTS if works(n, c)]
+
+
 @pytest.mark.parametrize(
-    ("name", "case"), [(n, c) for n in OPTIMIZERS for c in LAYOUTS if works(n, c)]
+    ("name", "case"),
+    [pytest.param(n, c, marks=[pytest.mark.slow] * (c not in QUICK)) for n, c in PAIRS],
 )
 def test_an_optimizer_is_its_chain_and_that_is_optaxs(name, case, x64):
     """Results are those of the transformations one after another, too."""

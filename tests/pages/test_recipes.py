@@ -112,6 +112,7 @@ def test_simba_v2(recipes, x64):
     }
     states, actions = tree_of([(16, 4), (16, 3)], 3)
 
+    @jax.jit
     @jax.grad
     def gradient(agent):
         values = jax.vmap(critic, in_axes=(0, None))(agent["critics"], states)
@@ -130,10 +131,11 @@ def test_simba_v2(recipes, x64):
     ours = so.place_on_sphere(agent, recipes["COLUMNS"], 1.0)
     theirs, tx, adam = normalized(agent), recipes["simba_v2"](LR), optax.adam(LR)
     state, their_state = tx.init(ours), adam.init(theirs)
+    update, their_update = jax.jit(tx.update), jax.jit(adam.update)
     for _ in range(20):
-        updates, state = tx.update(gradient(ours), state, ours)
+        updates, state = update(gradient(ours), state, ours)
         ours = optax.apply_updates(ours, updates)
-        updates, their_state = adam.update(gradient(theirs), their_state, theirs)
+        updates, their_state = their_update(gradient(theirs), their_state, theirs)
         theirs = normalized(optax.apply_updates(theirs, updates))
     for (path, one), other in zip(
         jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
