@@ -414,8 +414,9 @@ def plot_why(name: str, cells: dict[str, Cell], path: pathlib.Path) -> None:
 
 def plot_rates(results: dict[str, dict[str, Cell]], path: pathlib.Path) -> None:
     """The search's outcome over the rate, at the best strength of each."""
-    figure = Figure(figsize=(10, 3.4 * math.ceil(len(results) / 2)), layout="constrained")
-    axes = figure.subplots(math.ceil(len(results) / 2), 2, squeeze=False)
+    rows, columns = math.ceil(len(results) / 2), min(2, len(results))
+    figure = Figure(figsize=(5 * columns + 1, 3.4 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax, (name, cells) in zip(axes.flat, results.items(), strict=False):
         sign = 1 if SETTINGS[name].outcome == "loss" else -1
         scale = 1 if sign == 1 else 100
