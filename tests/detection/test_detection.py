@@ -598,6 +598,7 @@ def test_gradients_of_a_random_loss_are_orthogonal(dtype):
             assert np.all(np.abs(geometry.inner(g, p, joint)) <= bound * size)
 
 
+@pytest.mark.slow
 def test_found_groups_train():
     fn, params, x, _ = MODELS["GroupNorm with bias"][0]()
     tx = so.adamsrt(0.01, groups=so.find_radial_groups(fn, params, x))

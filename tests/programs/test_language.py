@@ -103,11 +103,9 @@ def test_eight_devices_give_the_losses_of_one(text, tmp_path, undisturbed):
     np.testing.assert_allclose(*(list(each.values()) for each in angles), rtol=1e-3)
 
 
-OTHERS = ("adamh", "adamw", "adamsrt", "rotational_adamw", "muon")
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["muonh", "ngpt", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    "name", ["adamh", "muonh", "adamw", "muon", "adamsrt", "rotational_adamw", "ngpt"]
 )
 def test_each_optimizer_lowers_the_loss(language, name):
     size = language.Size(1, 16, 2, 32, 8, 32, normalized=name == "ngpt")

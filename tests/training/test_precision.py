@@ -14,7 +14,13 @@ import precision
 CONFIG = precision.Config(steps=300)
 
 
-@pytest.fixture(scope="module", params=precision.CASES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "sgdmrt"))
+        for name in precision.CASES
+    ],
+)
 def rows(request):
     case = {request.param: precision.CASES[request.param]}
     with pytest.MonkeyPatch.context() as patch:

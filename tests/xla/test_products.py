@@ -40,7 +40,12 @@ def _small_is_large(monkeypatch):
     monkeypatch.setattr(_cpu, "CPU_FEW", 1 << 16)
 
 
-@pytest.mark.parametrize("case", LARGE)
+REST = ("two axes apart", "output channels first", "vector")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case in REST)) for case in LARGE]
+)
 def test_equal_to_the_geometry(case, x64):
     shape, group, on_cpu, on_gpu = LARGE[case]
     leaf = leaf_of(shape, group)
