@@ -28,7 +28,7 @@ def on_page_content(content: str, page: Any, files: Any, **_: Any) -> str:
         return f'href="{target.url_relative_to(page.file)}{found[2] or ""}"'
 
     def formula(found: re.Match[str]) -> str:
-        return convert(html.unescape(found[1]), display="block")
+        return f'<div class="formula">{convert(html.unescape(found[1]), display="block")}</div>'
 
     heading = ""
 

@@ -65,7 +65,16 @@ def two_passes(
     request = Request([arrays[name] for name in order], pairs, joint)
     sums = inner_products(request) if pairs else []
     products = dict(zip(wanted, sums, strict=True))
-    update, new = run(space(product=lambda *pair: products[pair]))
+
+    def product(*pair: str) -> Any:
+        if pair not in products:
+            raise TypeError(
+                f"expected a step to ask for the same inner products in both runs, found {pair}, "
+                "which only the second asked for: what it asks for must not depend on numbers."
+            )
+        return products[pair]
+
+    update, new = run(space(product=product))
     if any(new[place] is not given[place] for place in range(len(shapes)) if place not in own):
         raise TypeError(
             "expected the state's other parts as `prepare` left them, found changed ones."

@@ -12,6 +12,8 @@ from flax import nnx
 
 import spherical_optax as so
 from spherical_optax._engine.layout import Layout, per_group
+from spherical_optax._engine.lift import lift
+from spherical_optax._engine.step import stateless
 
 PARAMS = {"a": jnp.zeros((3, 2)), "b": {"c": jnp.zeros((3, 2)), "d": None}}
 GRADS = {"a": 1.0 + PARAMS["a"], "b": {"c": 2.0 + PARAMS["a"], "d": None}}
@@ -109,3 +111,18 @@ def test_state_keeps_its_type_on_its_ways(make):
     ):
         _, after = jax.eval_shape(tx.update, GRADS, same, params)
         assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_a_step_asks_for_the_same_products_in_both_runs():
+    runs = []
+
+    def on_group(v, x, state):
+        runs.append(None)
+        return v * (v.inner(x) if len(runs) == 1 else x.square()), state
+
+    params = {"w": jnp.ones((2, 3))}
+    tx = lift(stateless("mine", so.per_layer(), on_group))
+    with pytest.raises(
+        TypeError, match=r"the same inner products in both runs, found \('point', 'p"
+    ):
+        tx.update(params, tx.init(params), params)
