@@ -248,14 +248,17 @@ def _given(given: Any, tree: Any) -> Callable[[_trees.Leaf], Any]:
     )
     by_keys = {tuple(map(_trees.key_name, path)): entry for path, entry in entries}
 
-    def of_leaf(leaf: _trees.Leaf) -> Any:
-        for keys, entry in by_keys.items():
-            shared = min(len(keys), len(leaf.keys))
-            if keys[:shared] == leaf.keys[:shared]:
-                return entry
-        return None
+    def meet(keys: tuple[str, ...], leaf: _trees.Leaf) -> bool:
+        return all(a == b for a, b in zip(keys, leaf.keys, strict=False))
 
-    return of_leaf
+    leaves = _trees.leaves_with_paths(tree)
+    unknown = ["/".join(keys) for keys in by_keys if not any(meet(keys, leaf) for leaf in leaves)]
+    if leaves and unknown:
+        raise ValueError(
+            "muonh: expected weight_dimension_numbers with paths of the parameters, found "
+            f"{unknown}, which no parameter has. The paths are {[leaf.path for leaf in leaves]}."
+        )
+    return lambda leaf: next((each for keys, each in by_keys.items() if meet(keys, leaf)), None)
 
 
 def _fitting(leaf: _trees.Leaf, given: Any) -> contrib.MuonDimensionNumbers:

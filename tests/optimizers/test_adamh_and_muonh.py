@@ -173,6 +173,15 @@ def test_what_muon_cannot_take_is_named(shape, group, found):
         tx.init(params)
 
 
+def test_matrices_of_no_parameter_are_named():
+    params = {"layer": {"kernel": jnp.ones((3, 3, 2, 4))}}
+    given = {"layr": {"kernel": NUMBERS((0, 1), (2, 3))}}
+    tx = so.muonh(0.1, groups=so.per_layer(), weight_dimension_numbers=given)
+    message = r"muonh: .*found \['layr/kernel'\], which no parameter has. .*'layer/kernel'"
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+
+
 @pytest.mark.parametrize("numbers", [NUMBERS(0, (0, 2)), NUMBERS(0, 3), NUMBERS((), 1), "rows"])
 def test_matrices_that_do_not_fit_are_named(numbers):
     params = {"layer": {"kernel": jnp.ones((4, 2, 3))}}
