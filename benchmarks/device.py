@@ -480,7 +480,9 @@ def main() -> None:
             rows.append(row)
             report.add(part, name, row)
         if rows:
-            print_table(f"{part}, {name}, at {time.monotonic() - began:.0f} s", rows)
+            columns = dict.fromkeys(key for row in rows for key in row)  # PyTorch's have fewer
+            table = [{key: row.get(key) for key in columns} for row in rows]
+            print_table(f"{part}, {name}, at {time.monotonic() - began:.0f} s", table)
         gc.collect()
     if missing:
         print(f"\nNo time was left for {missing}.")
