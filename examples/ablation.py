@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 import tyro
 from digits import RULES, Network, load
 from flax import nnx
 from helpers.classify import Dataset, Score, Task, make_run
+from helpers.intervals import half_interval
 from helpers.options import check_options
 from helpers.outputs import check_out, print_rows
 
@@ -117,7 +117,7 @@ def spread(values: list[float], baseline: list[float]) -> dict[str, Any]:
     """
     differences = [x - y for x, y in zip(values, baseline, strict=True)]
     mean, n = statistics.mean(differences), len(values)
-    half = float(scipy.stats.t.ppf(0.975, n - 1) * scipy.stats.sem(differences)) if n > 1 else None
+    half = half_interval(differences) if n > 1 else None
     return {
         "mean": statistics.mean(values),
         "std": statistics.stdev(values) if n > 1 else None,

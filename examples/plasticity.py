@@ -57,12 +57,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 import tyro
 from flax import nnx
 from helpers.classify import finite_loss, forward, shuffled, train_step
 from helpers.contenders import CONTENDERS, Contender, Spheres
+from helpers.intervals import half_interval
 from helpers.options import check_options
 from helpers.outputs import check_out, print_rows
 from helpers.tasks import SETTINGS, Setting, Task
@@ -292,10 +292,7 @@ def sizes(config: Config) -> tuple[int, int]:
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """The mean, and Student's 95 % interval; of one value, nothing is known but it."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, -math.inf, math.inf
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
+    mean, half = float(np.mean(values)), half_interval(values)
     return mean, mean - half, mean + half
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.stats
 import tqdm
 import tyro
+from helpers.intervals import half_interval
 from helpers.options import check_options
 from helpers.outputs import check_out, print_rows
 from helpers.runs import Runs
@@ -108,7 +108,7 @@ def interval(values: np.ndarray) -> str:
     mean = float(np.mean(values))
     if len(values) < 2:
         return f"{mean:.4f}"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    half = half_interval(values)
     return f"{mean:.4f} ({mean - half:.4f} to {mean + half:.4f})"
 
 

@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import scipy.stats
 import tqdm
 import tyro
 from digits import BATCH_SIZE, RULES, Network, load
 from flax import nnx
 from helpers.classify import Dataset, forward, shuffled, train_step, with_adam
+from helpers.intervals import half_interval
 from helpers.options import check_options
 from helpers.outputs import check_out, print_rows
 
@@ -117,8 +117,7 @@ def interval(values: np.ndarray) -> str:
     """The mean, and half of Student's 95 % interval."""
     if len(values) < 2:
         return f"{values.mean():.1f}"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{values.mean():.1f} ± {half:.1f}"
+    return f"{values.mean():.1f} ± {half_interval(values):.1f}"
 
 
 def main(config: Config) -> None:

@@ -2,10 +2,13 @@
 
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -76,3 +79,15 @@ def x64() -> Iterator[None]:
 def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     with precision(request.param):
         yield request.param
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A program of the examples, or one of their helpers, as a module."""
+
+    def load(name: str) -> Any:
+        monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "examples")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        return importlib.import_module(name)
+
+    return load

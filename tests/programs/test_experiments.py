@@ -1,28 +1,13 @@
 """The experiments on images: kept runs, what is made of their losses, and short real runs."""
 
-import importlib
 import itertools
 import json
 import math
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 import tyro
 from test_paper import write_mnist
-
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    def load(name):
-        monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-        return importlib.import_module(name)
-
-    return load
 
 
 def run(module, out, *options):

@@ -1,10 +1,7 @@
 """The study of networks that keep learning: its tasks, its verdicts, and short real runs."""
 
-import importlib
 import json
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +9,6 @@ import numpy as np
 import pytest
 import tyro
 from flax import nnx
-
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    def load(name):
-        monkeypatch.syspath_prepend(EXAMPLES)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.fixture

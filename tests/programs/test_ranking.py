@@ -1,24 +1,17 @@
 """The search behind the language model's table, on losses whose best setting is known."""
 
-import importlib
 import json
 import math
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 import tyro
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture
-def ranking(monkeypatch, tmp_path):
+def ranking(load, monkeypatch, tmp_path):
     """With losses in place of training; above a rate they diverge."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["ranking.py"])
-    module = importlib.import_module("ranking")
+    module = load("ranking")
     module.calls = []
 
     def make_run(name, size, config):

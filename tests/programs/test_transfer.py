@@ -1,24 +1,17 @@
 """The search for the best learning rate, on losses whose best rate is known."""
 
-import importlib
 import json
 import math
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 import tyro
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture
-def transfer(monkeypatch, tmp_path):
+def transfer(load, monkeypatch, tmp_path):
     """With losses in place of training: parabolas of the rate's power of 2, diverging far above."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["transfer.py"])
-    module = importlib.import_module("transfer")
+    module = load("transfer")
     module.calls = []
 
     def make_run(name, size, config):

@@ -1,0 +1,13 @@
+"""Intervals of means over seeds."""
+
+import math
+
+import numpy as np
+import scipy.stats
+
+
+def half_interval(values: np.ndarray | list[float]) -> float:
+    """Half of Student's 95 % interval of the mean; of one value nothing is known but it."""
+    if len(values) < 2:
+        return math.inf
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
