@@ -1,4 +1,4 @@
-"""Checks what `make build` built: the contents of the archives, and the wheel installed alone."""
+"""Checks the wheel and the sdist of `make build`: their contents, and the installed wheel."""
 
 import pathlib
 import subprocess
@@ -22,7 +22,7 @@ print("installed and used:", so.__version__)
 
 
 def compare(name: str, found: set[str], expected: set[str]) -> None:
-    """Exits with the difference, if there is one."""
+    """Exits with a message if the files differ from the expected ones."""
     if found != expected:
         extra, missing = sorted(found - expected), sorted(expected - found)
         sys.exit(f"{name}: not expected: {extra}; missing: {missing}")
@@ -37,7 +37,7 @@ def tracked() -> set[str]:
 
 
 def check_wheel(path: pathlib.Path, files: set[str]) -> None:
-    """The package, its license and metadata, and nothing else."""
+    """Checks that the wheel contains exactly the package, its license and metadata."""
     info = "-".join(path.name.split("-")[:2]) + ".dist-info"
     meta = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
     package = {name for name in files if name.startswith("spherical_optax/")}
@@ -47,14 +47,14 @@ def check_wheel(path: pathlib.Path, files: set[str]) -> None:
 
 
 def check_sdist(path: pathlib.Path, files: set[str]) -> None:
-    """All files in version control, and the metadata."""
+    """Checks that the sdist contains exactly the files in version control and the metadata."""
     with tarfile.open(path) as archive:
         found = {m.name.partition("/")[2] for m in archive.getmembers() if not m.isdir()}
     compare(path.name, found, files | {"PKG-INFO"})
 
 
 def check_installed(path: pathlib.Path) -> None:
-    """The wheel works in an environment where only what it asks for is."""
+    """Checks that the wheel works in an environment with only its dependencies."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         python = f"{folder}/bin/python"

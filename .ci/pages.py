@@ -1,7 +1,8 @@
-"""What MkDocs and its plugins leave undone: formulas, and links and images of the tutorials.
+"""MkDocs hooks: formulas, links and figures of the tutorials, and links to the glossary.
 
-Formulas become MathML, which browsers render without scripts or fonts. Links of notebooks to pages
-by their files become links to these pages, and their figures get the words of the section.
+Formulas become MathML, which browsers render without scripts or fonts. In tutorials, links to
+source files become links to their pages, and figures get the title of their section as their
+description. The first occurrence of each glossary term on a page becomes a link to its entry.
 """
 
 import html
@@ -14,11 +15,30 @@ from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 FIGURE = re.compile(r'<h\d[^>]*>([^<]*)|alt="No description has been provided for this image"')
+# The anchors of the glossary's entries, with the forms of their terms.
+TERMS = {
+    "effective-learning-rate": "effective learning rates?",
+    "radially-invariant": "radially invariant",
+    "angle": "(?<!right )angles?",
+    "group": "groups?",
+    "joint": "joint|jointly",
+    "mask": "masks?",
+    "project": "projected|projects",
+    "radial": "radial",
+    "radius": "radius|radii",
+    "retract": "retracts?|retracted|retraction",
+    "tangent": "tangent",
+    "transport": "transports?|transported",
+}
+TERM = re.compile(rf"\b(?:{'|'.join(f'({forms})' for forms in TERMS.values())})\b", re.IGNORECASE)
+# A tag, or the text between two tags.
+PART = re.compile(r"<!--.*?-->|<(/?)(\w+)[^>]*>|[^<]+", re.DOTALL)
+NO_TERMS = {"a", "code", "pre", "math", "script", "style", *(f"h{k}" for k in range(1, 7))}
 LINK = re.compile(r'href="(?!\w+:|/)([^"#]+\.(?:md|py))(#[^"]*)?"')
 
 
 def on_page_content(content: str, page: Any, files: Any, **_: Any) -> str:
-    """Called by MkDocs with the HTML of each page."""
+    """Changes the HTML of a page. MkDocs calls this for each page."""
 
     def link(found: re.Match[str]) -> str:
         source = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), found[1]))
@@ -39,11 +59,35 @@ def on_page_content(content: str, page: Any, files: Any, **_: Any) -> str:
             return found[0]
         return f'alt="Figure of the section: {heading}"'
 
-    return LINK.sub(link, FIGURE.sub(figure, FORMULA.sub(formula, content)))
+    content = LINK.sub(link, FIGURE.sub(figure, FORMULA.sub(formula, content)))
+    glossary = files.get_file_from_path("glossary.md")
+    if page.file.src_uri in (glossary.src_uri, "changelog.md"):
+        return content
+    return with_terms(content, glossary.url_relative_to(page.file))
+
+
+def with_terms(content: str, glossary: str) -> str:
+    """Turns the first occurrence of each glossary term in the HTML into a link to its entry."""
+    left, inside = set(TERMS), 0
+
+    def term(found: re.Match[str]) -> str:
+        name = list(TERMS)[found.lastindex - 1] if found.lastindex else ""
+        if name not in left:
+            return found[0]
+        left.remove(name)
+        return f'<a class="term" href="{glossary}#{name}">{found[0]}</a>'
+
+    def part(found: re.Match[str]) -> str:
+        nonlocal inside
+        if found[2] in NO_TERMS:
+            inside += -1 if found[1] else 1
+        return TERM.sub(term, found[0]) if not inside and found[0][0] != "<" else found[0]
+
+    return PART.sub(part, content)
 
 
 def on_config(config: Any) -> Any:
-    """The version at the foot of each page."""
+    """Puts the version into the footer of each page."""
     text = (
         pathlib.Path(config.config_file_path).parent / "spherical_optax/__init__.py"
     ).read_text()

@@ -1,8 +1,8 @@
-"""One optimizer step as XLA compiles it for accelerators that are not there.
+"""Compiles one optimizer step for an H100 and a TPU v5e, on a machine without them.
 
-For an H100 and a TPU v5e: the bytes that the kernels of the compiled program read and write,
-per parameter, against Optax's Adam. Nothing is run, so nothing is timed. Parameters and state
-are donated.
+Prints the bytes per parameter that the kernels of the compiled program read and write, compared
+with Optax's Adam. Parameters and state are donated. The program is only compiled, so there are no
+times.
 
     make bench-compiled
     .venv-accelerators/bin/python benchmarks/compiled.py --target h100 --tree resnet18
@@ -27,7 +27,7 @@ import spherical_optax as so
 
 Target: TypeAlias = Literal["h100", "v5e"]
 
-# Beside the three networks: shapes and groups that XLA treats in different ways.
+# In addition to the three networks: shapes and groups that XLA compiles in different ways.
 FILTERS = so.groups_by_path({".*": so.per_filter()})
 CASES = {
     "kernels (3, 3, 64, 64)": ({"a": (3, 3, 64, 64), "b": (3, 3, 64, 64)}, FILTERS),
@@ -51,15 +51,15 @@ class Config:
     tree: tuple[trees.Name, ...] = get_args(trees.Name)
     """Parameter trees."""
     optimizer: tuple[str, ...] = tuple(OPTIMIZERS)
-    """Optimizers, by the names in the table; Adam is always among them."""
+    """Optimizers, by their names in the table. Adam is always included."""
     cases: bool = True
-    """Whether to compile single shapes and groups too."""
+    """Whether to also compile single shapes and groups."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for compiled.json."""
 
 
 def describe(tx: optax.GradientTransformation, shapes: Any, dtype: str, device: Any) -> Row:
-    """What one donated step reads, writes and holds, per parameter."""
+    """The memory traffic, kernels and temporary memory of one donated step."""
     where = NamedSharding(Mesh(np.array([device]), ("all",)), PartitionSpec())
 
     def place(tree: Any) -> Any:
@@ -116,8 +116,9 @@ def main(config: Config) -> None:
         for name, rows in found.items():
             print_table(f"{target}, {name}", table(rows))
     print(
-        "\nBytes that the kernels of the compiled step read and write, and bytes of temporary"
-        "\nmemory, per parameter (on TPU those in its main memory); copies above 64 KiB."
+        "\nBytes: read and written by the kernels of the compiled step, per parameter (on a TPU,"
+        "\nin its main memory). Temporary: bytes of temporary memory per parameter. Copies: of more"
+        "\nthan 64 KiB."
     )
     settings = {"target": config.target, "tree": config.tree}
     write(config.out, "compiled", settings, results)

@@ -1,4 +1,4 @@
-"""How long `find_radial_groups` takes: a ResNet50, and a transformer of 124 M parameters.
+"""Times `find_radial_groups` on a ResNet50 and on a transformer with 124 million parameters.
 
 python benchmarks/detection.py
 """
@@ -21,12 +21,12 @@ from spherical_optax.groups import joints_of
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time of the search, compilation included."""
+    """Times the search, including compilation."""
 
     model: tuple[str, ...] = ("resnet50", "transformer")
-    """Which models: resnet50, transformer."""
+    """Models: resnet50, transformer."""
     small: bool = False
-    """Narrow models, and two blocks of the transformer, for a look at the program."""
+    """Use narrow models, and a transformer of two blocks, for a quick run."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for detection.json."""
 

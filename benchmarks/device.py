@@ -1,14 +1,18 @@
-"""What the library costs on the accelerator at hand: all that is to be known, in one go.
+"""Measures the cost of the optimizers on the accelerator of this machine, in one run.
 
-It runs from a checkout, in an environment that has JAX, Optax and Flax; nothing is installed and
-nothing is fetched. Where there is PyTorch, its fused optimizers run beside ours. Without an
-accelerator it says so, and runs a tiny form on the CPU, whose times mean nothing.
+It runs from a checkout, in an environment with JAX, Optax and Flax. It installs and downloads
+nothing. If PyTorch is installed, its fused optimizers are measured as well. Without an accelerator,
+the program says so and runs a tiny version on the CPU, whose times mean nothing.
 
-First what a training step costs: a ResNet18 on batches of 128 and a transformer of 124 million
-parameters, both computing in bfloat16. Then the bare step on parameter trees, against Optax and
-PyTorch, with the bandwidth that it reaches, and the bytes that `make bench-compiled` foretells.
-Then peak memory, a process for each optimizer. Results are written as soon as they are there, in
-`device.json`; what the time does not suffice for is named at the end.
+There are three parts:
+- "training": training steps of a ResNet18 on batches of 128 and of a transformer with 124 million
+  parameters, both computing in bfloat16;
+- "bare": optimizer steps alone on parameter trees, compared with Optax and PyTorch, with the
+  bandwidth reached and the bytes that `make bench-compiled` predicts;
+- "memory": peak memory, with one process per optimizer.
+
+Each result is written to `device.json` at once. Measurements for which no time was left are listed
+at the end.
 
     python3 benchmarks/device.py                  # 6 minutes at most
     python3 benchmarks/device.py --seconds 120 --parts training
@@ -30,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-# PyTorch and other processes need memory, too.
+# Leaves memory to PyTorch and to other processes.
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -63,14 +67,18 @@ IS_CPU = jax.devices()[0].platform == "cpu"
 
 
 class Spheres(NamedTuple):
-    """Groups: those that are invariant, and the paths of kernels that are matrices."""
+    """The radially invariant groups, and a pattern for the paths of kernels that are matrices."""
 
     invariant: so.Groups
     matrices: str
 
 
 def muon_axes(tree: Any) -> Any:
-    """Rows and columns: `(in | heads, k)` of queries, keys and values, else the last axis apart."""
+    """Which axes of a kernel Muon takes as rows, and which as columns.
+
+    The columns are the axes (heads, k) for queries, keys and values, and the last axis for all
+    other kernels.
+    """
 
     def of_leaf(path: Any, x: Any) -> contrib.MuonDimensionNumbers:
         split = x.ndim - 1 if x.ndim != 3 or "out" in jax.tree_util.keystr(path) else 1
@@ -80,7 +88,7 @@ def muon_axes(tree: Any) -> Any:
 
 
 def optimizers(spheres: Spheres) -> dict[str, optax.GradientTransformation]:
-    """Plain SGD and Adam first: all else is compared with them."""
+    """All optimizers. Plain SGD and Adam, with which the others are compared, come first."""
     groups, adam = spheres.invariant, optax.adam(RATE)
     layers, neurons = (
         so.groups_by_path({spheres.matrices: group}) for group in (so.per_layer(), so.per_filter())
@@ -128,7 +136,7 @@ class Problem(NamedTuple):
 
 
 def resnet18(tiny: bool) -> Problem:
-    """For images of 32 x 32, batches of 128, in bfloat16 but for its norms."""
+    """A ResNet18 on batches of 128 images of 32 x 32, in bfloat16 except for its norms."""
     images, width = (4, 4) if tiny else (128, 64)
     model = make_model("resnet18", 0, width=width, dtype=jnp.bfloat16)
     graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -142,7 +150,10 @@ def resnet18(tiny: bool) -> Problem:
 
 
 def transformer(tiny: bool) -> Problem:
-    """Of 124 million parameters, with QK-norm; eight windows of 1024 tokens, in bfloat16."""
+    """A transformer with 124 million parameters and QK-norm, in bfloat16.
+
+    Its batch is eight windows of 1024 tokens.
+    """
     size = (2, 64, 2, 128, 32) if tiny else (12, 896, 14, 2624, 1024)
     model = Size(*size, vocabulary=256, dtype="bfloat16")
     graph, params = initialise(model, 0)
@@ -159,7 +170,7 @@ NETWORKS: dict[str, Callable[[bool], Problem]] = {"resnet18": resnet18, "transfo
 
 
 def start(problem: Problem, tx: optax.GradientTransformation) -> tuple[Any, Any]:
-    params = jax.tree.map(jnp.array, problem.params)  # donated: each optimizer its own
+    params = jax.tree.map(jnp.array, problem.params)  # a copy, because steps donate it
     return params, tx.init(params)
 
 
@@ -173,7 +184,11 @@ def compile_training(problem: Problem, tx: optax.GradientTransformation) -> jax.
 
 
 def measure_training(name: str, tiny: bool, left: Callable[[], float]) -> Iterator[Row]:
-    """What each optimizer adds to a step, beyond plain SGD, to what Adam adds."""
+    """Times training steps.
+
+    "added, to adam" is the time that an optimizer adds to a step with plain SGD, relative to the
+    time that Adam adds.
+    """
     problem = NETWORKS[name](tiny)
     every = optimizers(problem.spheres)
     txs = {each: every[each] for each in names(tiny)}
@@ -209,7 +224,7 @@ def measure_training(name: str, tiny: bool, left: Callable[[], float]) -> Iterat
 
 
 def billion() -> trees.Tree:
-    """A decoder of a billion parameters."""
+    """A decoder with a billion parameters."""
     return trees.transformer(layers=24, width=1792, heads=14)
 
 
@@ -223,7 +238,7 @@ KERNELS = r"(conv\d|query|key|value|out|up|down)/kernel"
 
 
 def arrays(shapes: Any, seed: int) -> Any:
-    """As `trees.arrays`, made where they are used."""
+    """Like `trees.arrays`, but computed on the device."""
     like = trees.abstract(shapes)
 
     @jax.jit
@@ -237,7 +252,7 @@ def arrays(shapes: Any, seed: int) -> Any:
 
 
 def bandwidth(size: int) -> float:
-    """GB/s of a kernel that reads and writes an array."""
+    """The bandwidth in GB/s of a kernel that reads and writes an array."""
     x = jnp.zeros(size)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     carry = [x]
@@ -250,7 +265,7 @@ def bandwidth(size: int) -> float:
 
 
 def foretold() -> dict[str, dict[str, Row]]:
-    """What `make bench-compiled` says of an H100, by tree and optimizer."""
+    """The results of `make bench-compiled` for an H100, by tree and optimizer."""
     path = ROOT / "benchmarks" / "results" / "compiled.json"
     found = json.loads(path.read_text())["results"]["h100"]
     names = {"hyperball": "adamh"}
@@ -261,7 +276,7 @@ def foretold() -> dict[str, dict[str, Row]]:
 
 
 def repeated(step: Callable[[], Any], times: int) -> Callable[[], Any]:
-    """Several steps, that the wait for the last is shared."""
+    """Runs several steps, to wait for the device only once."""
 
     def run() -> Any:
         for _ in range(times):
@@ -272,7 +287,7 @@ def repeated(step: Callable[[], Any], times: int) -> Callable[[], Any]:
 
 
 def jax_runs(name: str, tree: trees.Tree, grads: Any, repeat: int) -> tuple[Any, Row]:
-    """A run of an optimizer's steps, and what its compiled program moves."""
+    """A function that runs an optimizer's steps, and the memory traffic of its program."""
     tx = optimizers(Spheres(tree.groups, KERNELS))[name]
     params = arrays(tree.shapes, 0)
     step = compile_step(tx, params, grads).run
@@ -288,7 +303,7 @@ def jax_runs(name: str, tree: trees.Tree, grads: Any, repeat: int) -> tuple[Any,
 
 
 def torch_runs(tree: trees.Tree, repeat: int) -> dict[str, Callable[[], Any]]:
-    """PyTorch's fused optimizers on the same shapes; none where it is not there."""
+    """Runs of PyTorch's fused optimizers on the same shapes; empty if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -321,7 +336,7 @@ def torch_runs(tree: trees.Tree, repeat: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure_bare(name: str, tiny: bool, left: Callable[[], float], peak: float) -> Iterator[Row]:
-    """A row for each optimizer, beside Adam and SGD with momentum."""
+    """Times bare steps: a row per optimizer, each interleaved with Adam and SGD with momentum."""
     tree = trees.transformer(2, 64, 2, 128) if tiny else TREES[name]()
     size, grads = trees.count(tree.shapes), arrays(tree.shapes, 1)
     repeat = 1 if tiny else max(1, round(2e8 / size))
@@ -363,7 +378,7 @@ def measure_bare(name: str, tiny: bool, left: Callable[[], float], peak: float) 
 
 
 def peak_of(network: str, name: str, tiny: bool) -> Row:
-    """Of a process that does three training steps."""
+    """The peak memory of this process after three training steps."""
     problem = NETWORKS[network](tiny)
     tx = optimizers(problem.spheres)[name]
     carry = start(problem, tx)
@@ -397,7 +412,7 @@ def measure_memory(network: str, tiny: bool, left: Callable[[], float]) -> Itera
 
 
 class Report:
-    """Results in a file that is whole after each of them."""
+    """Writes results to a file, which is complete and valid after each of them."""
 
     def __init__(self, out: pathlib.Path, **settings: Any) -> None:
         self.path = out / "device.json"
@@ -437,9 +452,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    parser.add_argument("--seconds", type=float, default=345, help="after which nothing begins")
+    parser.add_argument(
+        "--seconds", type=float, default=345, help="time after which no measurement starts"
+    )
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
-    parser.add_argument("--tiny", action="store_true", help="as on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="run the tiny version, as on a CPU")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -480,7 +497,7 @@ def main() -> None:
             rows.append(row)
             report.add(part, name, row)
         if rows:
-            columns = dict.fromkeys(key for row in rows for key in row)  # PyTorch's have fewer
+            columns = dict.fromkeys(key for row in rows for key in row)  # PyTorch's rows have fewer
             table = [{key: row.get(key) for key in columns} for row in rows]
             print_table(f"{part}, {name}, at {time.monotonic() - began:.0f} s", table)
         gc.collect()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the optimizers, interleaved timing, compiled programs, tables."""
+"""Shared by the benchmarks: optimizers, interleaved timing, compiled programs, tables."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Make] = {
 
 
 def check_optimizers(program: str, names: Sequence[str]) -> None:
-    """Ends the program where an optimizer is not one of `OPTIMIZERS`."""
+    """Exits with a message if a name is not in `OPTIMIZERS`."""
     unknown = [name for name in names if name not in OPTIMIZERS]
     if unknown:
         raise SystemExit(
@@ -55,11 +55,11 @@ def check_optimizers(program: str, names: Sequence[str]) -> None:
 
 
 class Step(NamedTuple):
-    """A compiled optimizer step: parameters and state donated, and returned in that order."""
+    """A compiled optimizer step. It donates parameters and state, and returns the new ones."""
 
     run: jax.stages.Compiled
     seconds: float
-    """Tracing, lowering and compiling."""
+    """Time for tracing, lowering and compiling."""
 
 
 def compile_step(
@@ -80,7 +80,7 @@ def compile_step(
 
 
 def describe_program(compiled: jax.stages.Compiled, parameters: int) -> Row:
-    """What XLA says of a compiled program, per parameter where that makes sense."""
+    """XLA's numbers for a compiled program; bytes are per parameter."""
     text, sizes = compiled.as_text() or "", []
     for shape in re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", text):
         sizes.append(math.prod(int(n) for n in shape.split(",") if n))
@@ -100,9 +100,10 @@ def interleave(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, np.ndarray]:
-    """Seconds of each run, all once per round, after a round that is not counted.
+    """Times all runs once per round; returns the seconds of each run.
 
-    Stops after `rounds`, or when the budget in seconds is spent, but not before 3 rounds.
+    A first round is not counted. Stops after `rounds` rounds, or after at least 3 rounds when the
+    budget in seconds is spent.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
@@ -118,7 +119,7 @@ def interleave(
 
 
 def stepper(step: Step, tx: optax.GradientTransformation, params: Any, grads: Any) -> Any:
-    """A function of no arguments that makes one step, from the point where the last ended."""
+    """A function without arguments that takes one step from the current parameters and state."""
     carry = [jax.block_until_ready((params, tx.init(params)))]
 
     def run() -> Any:
@@ -129,7 +130,7 @@ def stepper(step: Step, tx: optax.GradientTransformation, params: Any, grads: An
 
 
 def ratio(times: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Median and quartiles of the ratio within each round."""
+    """Median and quartiles, over the rounds, of the ratio of two times."""
     low, middle, high = np.quantile(times / base, (0.25, 0.5, 0.75))
     return {"median": float(middle), "low": float(low), "high": float(high)}
 
@@ -139,7 +140,7 @@ def spread(values: dict[str, float]) -> str:
 
 
 def machine() -> Row:
-    """What the numbers were measured on."""
+    """A description of the machine and the versions."""
     device = jax.devices()[0]
     model = device.device_kind
     if device.platform == "cpu":
@@ -157,7 +158,7 @@ def machine() -> Row:
 
 
 def print_table(title: str, rows: list[Row]) -> None:
-    """Rows of strings and numbers, all with the same keys."""
+    """Prints rows of strings and numbers, which all have the same keys."""
     print(f"\n{title}")
     print_rows(list(rows[0]), *([_text(value) for value in row.values()] for row in rows))
 

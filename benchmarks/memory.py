@@ -1,6 +1,6 @@
-"""Bytes of state, and of a compiled step at its peak, per optimizer and dtype.
+"""Bytes of optimizer state, and peak memory of a compiled step, per optimizer and dtype.
 
-Nothing is run: shapes and the compiler say it.
+The numbers come from shapes and from the compiler. No step is run.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --tree resnet50 --dtype bfloat16
@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     for dtype, rows in results.items():
         table = [row | {"to adam": f"{row['to adam']:.3f}"} for row in rows]
         print_table(f"{config.tree} in {dtype}", table)
-    print("\nPeak: arguments, results that reuse none of them, and temporary memory of the step.")
+    print("\nPeak: arguments, results that do not reuse their memory, and temporary memory.")
     write(config.out, "memory", {"tree": config.tree}, results)
 
 

@@ -1,8 +1,8 @@
-"""What low precision does on the sphere: whether moments stay tangent and radii where they belong.
+"""Measures low precision on the sphere: whether moments stay tangent, and whether radii drift.
 
-A student learns its teacher's filters from noisy outputs; its loss depends on the filters'
-directions only. Each optimizer is run in each precision, on the same data from the same
-start, which bfloat16 represents.
+A student learns the filters of a teacher from noisy outputs. Its loss depends only on the
+directions of the filters. Each optimizer runs in each precision, on the same data and from the same
+initial weights, which bfloat16 represents exactly.
 
     python benchmarks/precision.py
     python benchmarks/precision.py --steps 1000
@@ -28,12 +28,12 @@ ENTRIES, FILTERS, BATCH, NOISE = 64, 32, 32, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tangency and radii over a training run, per optimizer and precision."""
+    """Measures tangency and radii over a training run, per optimizer and precision."""
 
     steps: int = 10_000
     """Training steps; the learning rate decays to 0 along a cosine."""
     seed: int = 0
-    """Seed of the teacher, the start and the data."""
+    """Seed of the teacher, the initial weights and the data."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for precision.json."""
 
@@ -42,15 +42,15 @@ class Precision(NamedTuple):
     """The dtypes of a run."""
 
     params: Any = jnp.float32
-    """What the optimizer updates."""
+    """The dtype of the parameters that the optimizer updates."""
     compute: Any = jnp.float32
-    """What loss and gradients are computed in, from parameters that are cast to it."""
+    """The dtype of loss and gradients; parameters are cast to it."""
     moment: Any = jnp.float32
-    """The first moment."""
+    """The dtype of the first moment."""
     scaled: bool = False
-    """Whether the loss is scaled, and steps with gradients that are not finite left out."""
+    """Whether the loss is scaled. Steps whose gradients are not finite are then skipped."""
     grow: int = 200
-    """Steps after which the scale doubles; where gradients are not finite, it halves."""
+    """Steps after which the scale doubles. It halves when gradients are not finite."""
 
 
 PRECISIONS = {
@@ -75,14 +75,14 @@ def make_sgdmrt(rate: optax.Schedule, moment: Any) -> optax.GradientTransformati
 
 
 class Case(NamedTuple):
-    """An optimizer, and what is to be measured of it."""
+    """An optimizer, and how it is measured."""
 
     make: Callable[[optax.Schedule, Any], optax.GradientTransformation]
     rate: float
     moment: str
     """The field of the state that holds the first moment."""
     fixed: bool = False
-    """Whether it keeps the radius, and not the moment tangent."""
+    """Whether it keeps the radius fixed. It then does not keep the moment tangent."""
 
 
 CASES = {
@@ -97,21 +97,21 @@ class Run(NamedTuple):
 
     finite: bool
     tangency: np.ndarray
-    """|<m, u>| / |m| after each step, for the u that it started from; the largest of all groups.
+    """The largest |<m, u>| / |m| of all groups after each step, with u from before the step.
 
-    0 where the step was left out: m is then as the last step left it, tangent there."""
+    0 for a skipped step: m is then still tangent from the step before."""
     radius: np.ndarray
-    """|x| before the first and after each step, one per group."""
+    """|x| before the first and after each step, for each group."""
     angle: float
-    """Between student and teacher at the end, in radians, the mean of all groups."""
+    """The final angle between student and teacher in radians, as a mean over groups."""
     skipped: int
-    """Steps left out as their gradients were not finite."""
+    """Number of steps skipped because their gradients were not finite."""
 
 
 def train(case: Case, precision: Precision, config: Config) -> Run:
     schedule = optax.cosine_decay_schedule(case.rate, config.steps)
     tx = case.make(schedule, precision.moment)
-    if precision.scaled:  # a step left out halves the scale: few follow one another
+    if precision.scaled:  # a skipped step halves the scale, so few steps in a row are skipped
         tx = optax.apply_if_finite(tx, max_consecutive_errors=100)
     keys = jax.random.split(jax.random.key(config.seed), 3)
     teacher = jax.random.normal(keys[0], (ENTRIES, FILTERS))

@@ -1,4 +1,4 @@
-"""What `record_sphere` and the other recorders cost in a training step of the demo's network.
+"""Times the recorders, such as `record_sphere`, in a training step of the network of digits.py.
 
 python benchmarks/recorders.py
 """
@@ -25,12 +25,12 @@ import digits
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time of the demo's training step with and without recorders."""
+    """Times a training step with and without recorders."""
 
     rounds: int = 400
-    """Steps of each."""
+    """Steps with each recorder."""
     budget: float = 120.0
-    """Seconds after which it ends with fewer rounds."""
+    """Seconds after which the measurement ends with fewer rounds."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for recorders.json."""
 
@@ -49,7 +49,7 @@ def make_chains() -> dict[str, optax.GradientTransformation]:
 
 
 def trainer(tx: optax.GradientTransformation) -> Callable[[], Any]:
-    """A function of no arguments that makes one step on a batch, as the demo does."""
+    """A function without arguments that takes one training step, as digits.py does."""
     (images, labels), _ = digits.load()
     x, y = jnp.asarray(images[: digits.BATCH_SIZE]), jnp.asarray(labels[: digits.BATCH_SIZE])
     model = digits.Network(nnx.Rngs(0))

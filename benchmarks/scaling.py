@@ -1,4 +1,4 @@
-"""How the cost of a step grows with the number of parameters, and with that of leaves.
+"""Measures how the cost of a step grows with the number of parameters and of leaves.
 
 python benchmarks/scaling.py
 python benchmarks/scaling.py --parameters 1e5 1e6 --layers 10 100
@@ -32,18 +32,19 @@ NAMES = ("optax.adam", "adams", "adamsrt", "sgdmrt")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Step and compile time over the number of parameters and of leaves."""
+    """Measures step and compile time as the number of parameters or of leaves grows."""
 
     parameters: tuple[float, ...] = (1e5, 1e6, 1e7, 1e8)
-    """Sizes of trees of 10 kernels, whose widths are multiples of 16."""
+    """Numbers of parameters of trees with 10 kernels, whose widths are multiples of 16."""
     layers: tuple[int, ...] = (10, 100, 667)
-    """Numbers of small layers: a kernel (16, 16), and a scale and a bias; 667 have 2001 leaves."""
+    """Numbers of small layers, each with a kernel (16, 16), a scale and a bias. 667 layers have
+    2001 leaves."""
     kernels: tuple[int, ...] = (10, 100, 2000)
-    """Numbers of kernels of shape (16, 16), and nothing else."""
+    """Numbers of kernels in trees that contain only kernels (16, 16)."""
     rounds: int = 21
-    """Steps of each."""
+    """Steps of each optimizer."""
     budget: float = 60.0
-    """Seconds for each tree, after which it ends with fewer rounds, 3 at least."""
+    """Seconds per tree, after which the measurement ends with fewer rounds, but at least 3."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for scaling.json."""
 
@@ -65,7 +66,7 @@ def kernels(count: int) -> trees.Shapes:
 def measure(shapes: trees.Shapes, config: Config) -> list[Row]:
     groups = so.groups_by_path({"kernel": so.per_filter()})
     grads, runs, seconds = trees.arrays(shapes, seed=1), {}, {}
-    for name in NAMES * 2:  # the faster of two compilations: the machine's load varies
+    for name in NAMES * 2:  # takes the faster of two compilations, because the load varies
         tx, params = OPTIMIZERS[name](groups), trees.arrays(shapes, seed=0)
         step = compile_step(tx, params, grads)
         runs[name] = stepper(step, tx, params, grads)
@@ -105,7 +106,7 @@ def main(config: Config) -> None:
             for row in results[case]
         ]
         print_table(case, table)
-    print("\nMedian (quartiles) of the rounds; compile time with tracing, the faster of two.")
+    print("\nMedian (quartiles) of the rounds. Compile time: with tracing, the faster of two.")
     write(config.out, "scaling", {"rounds": config.rounds, "budget": config.budget}, results)
 
 

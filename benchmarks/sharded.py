@@ -1,8 +1,9 @@
-"""A training step of a sharded transformer, compiled for accelerators that are not there.
+"""Compiles a training step of a sharded transformer for 256 H100s and 512 TPU v5p.
 
-A decoder with RMSNorm and QK-norm, its layers in one scan, in bfloat16 with float32 parameters,
-under FSDP, and under FSDP with tensor parallelism: for 256 H100s and 512 TPU v5p. Printed is what
-the optimizer's part of the compiled step communicates, and what the step holds per device.
+The accelerators themselves are not needed. The model is a decoder with RMSNorm and QK-norm, with
+its layers in one scan, in bfloat16 with float32 parameters. It is sharded by FSDP, or by FSDP and
+tensor parallelism. The program prints the bytes that the optimizer's part of the compiled step
+communicates, and the memory of the step per device.
 
     make bench-sharded
     .venv-accelerators/bin/python benchmarks/sharded.py --target "256 h100" --optimizer adamsrt
@@ -34,8 +35,8 @@ from spherical_optax.groups import joints_of
 Target: TypeAlias = Literal["256 h100", "512 v5p"]
 Layout: TypeAlias = Literal["fsdp", "fsdp x tensor"]
 
-# Queries and keys by head, which QK-norm makes radially invariant; for Hyperball all matrices,
-# as its authors do: each matrix of each layer is one group.
+# For AdamSRT, each head of queries and keys is a group, which QK-norm makes radially invariant. For
+# Hyperball, each matrix of each layer is a group, as in its authors' code.
 HEADS = so.groups_by_path({r"(query|key)": so.RadialGroup((0, 2))})
 MATRICES = so.groups_by_path(
     {r"(query|key|value|out|gate|up|down)": so.RadialGroup((0,)), "head": so.per_layer()}
@@ -43,7 +44,7 @@ MATRICES = so.groups_by_path(
 
 
 class Case(NamedTuple):
-    """An optimizer, the groups that it was given, and how many sums it takes of each."""
+    """An optimizer, its groups, and the number of sums that it computes per group."""
 
     tx: optax.GradientTransformation
     groups: so.Groups
@@ -59,10 +60,10 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Collectives and memory of a compiled, sharded training step."""
+    """Measures collectives and memory of a compiled, sharded training step."""
 
     target: tuple[Target, ...] = get_args(Target)
-    """Accelerators: 256 H100s, or 512 TPU v5p."""
+    """Accelerators to compile for: 256 H100s, or 512 TPU v5p."""
     layout: tuple[Layout, ...] = get_args(Layout)
     """How parameters are sharded."""
     optimizer: tuple[Literal["optax.adam", "adamsrt", "hyperball"], ...] = tuple(CASES)
@@ -70,9 +71,9 @@ class Config:
     layers: int = 32
     """Layers of the model."""
     width: int = 4096
-    """Its width; there are width / 128 heads, and 4 width hidden units."""
+    """Width of the model, which has width / 128 heads and 4 * width hidden units."""
     tokens: int = 4096
-    """Of a sequence; there is one per device and tensor-parallel group."""
+    """Tokens per sequence. There is one sequence per device or tensor-parallel group."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for sharded.json."""
 
@@ -100,7 +101,7 @@ def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-# The axis that each matrix is cut along by FSDP, and by tensor parallelism.
+# For each matrix, the axis that FSDP shards and the axis that tensor parallelism shards.
 AXES = {
     "embedding": (1, 0),
     "query": (1, 2),
@@ -165,7 +166,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 def collectives(text: str) -> collections.Counter[tuple[str, str]]:
-    """The arrays that a program's collectives give, by operation and type."""
+    """Counts the results of a program's collectives, by operation and array type."""
     found: collections.Counter[tuple[str, str]] = collections.Counter()
     for line in text.splitlines():
         matched = INSTRUCTION.match(line)
@@ -217,7 +218,7 @@ def program(name: str, devices: list[Any], layout: Layout, config: Config) -> Pr
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        # `as_text` cannot read what newer TPU compilers make of asynchronous collectives.
+        # `as_text` cannot read the asynchronous collectives of newer TPU compilers.
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         [text] = (
             path.read_text() for path in pathlib.Path(folder).glob("*after_optimizations.txt")
@@ -227,7 +228,7 @@ def program(name: str, devices: list[Any], layout: Layout, config: Config) -> Pr
         math.prod(at.shard_shape(x.shape)) * x.dtype.itemsize
         for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(state_where), strict=True)
     )
-    parts = 0  # groups of which a device has a part
+    parts = 0  # number of groups of which a device holds a part
     for unit in joints_of(groups, params) if groups else []:
         for i, group in unit.items():
             x = jax.tree.leaves(params)[i]
@@ -255,8 +256,8 @@ def measure(config: Config, target: Target) -> dict[str, list[Row]]:
         ]
         found[name] = []
         for each in programs:
-            # What Adam's step communicates too is of the forward and backward pass; what is
-            # small there may be in one collective with the sums.
+            # Collectives that Adam's step has as well belong to the forward and backward pass. The
+            # small ones may be merged with the optimizer's sums.
             own = each.collectives - programs[0].collectives
             known = programs[0].collectives - each.collectives
             moved = [sum(size_of(key[1]) * n for key, n in some.items()) for some in (own, known)]
@@ -287,7 +288,7 @@ def table(rows: list[Row]) -> list[Row]:
 
 def main(config: Config) -> None:
     check_out(config.out, "sharded.json")
-    # As on a cluster, where a program sees several devices; none of these is compiled for.
+    # Makes the program see several devices, as on a cluster. Nothing is compiled for these.
     jax.config.update("jax_num_cpu_devices", 2)
     results: dict[str, list[Row]] = {}
     for target in dict.fromkeys(config.target):
@@ -295,8 +296,8 @@ def main(config: Config) -> None:
     for name, rows in results.items():
         print_table(name, table(rows))
     print(
-        "What the optimizer's part communicates in a step, its largest array, and what a device "
-        "holds."
+        "Sums: what the optimizer's part of a step communicates. Largest: its largest array. State "
+        "and temporary: memory per device."
     )
     settings = {"layers": config.layers, "width": config.width, "tokens": config.tokens}
     write(config.out, "sharded", settings, results)

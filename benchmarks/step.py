@@ -1,8 +1,8 @@
-"""One optimizer step on the parameter trees of known networks, against Optax's Adam.
+"""Times one optimizer step on the parameter trees of known networks, compared with Optax's Adam.
 
-Compiled with parameters and state donated. Each optimizer runs interleaved with Adam and
-momentum SGD; ratios are those within a round. All are measured several times, minutes apart:
-how fast memory is changes with what else runs on the machine.
+Steps are compiled with parameters and state donated. Each optimizer runs interleaved with Adam and
+SGD with momentum, and ratios are taken within a round. Everything is measured several times,
+minutes apart, because memory bandwidth depends on what else runs on the machine.
 
     python benchmarks/step.py
     python benchmarks/step.py --tree resnet18 --sweeps 1
@@ -37,27 +37,27 @@ REFERENCES = ("optax.adam", "optax.sgd")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time, compile time and compiled program of one optimizer step."""
+    """Measures time, compile time and compiled program of one optimizer step."""
 
     tree: tuple[trees.Name, ...] = get_args(trees.Name)
     """Parameter trees."""
     optimizer: tuple[str, ...] = tuple(OPTIMIZERS)
-    """Optimizers, by the names in the table."""
+    """Optimizers, by their names in the table."""
     sweeps: int = 3
-    """How often all are measured."""
+    """Number of times that all optimizers are measured."""
     rounds: int = 15
-    """Steps of each in a sweep."""
+    """Steps of each optimizer per sweep."""
     budget: float = 15.0
-    """Seconds for each comparison, after which it ends with fewer rounds, 3 at least."""
+    """Seconds per comparison, after which it ends with fewer rounds, but at least 3."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Directory for step.json."""
 
 
 class Measured(NamedTuple):
-    """One optimizer beside Adam and momentum SGD, in one sweep."""
+    """One sweep of an optimizer, Adam and SGD with momentum."""
 
     seconds: np.ndarray
-    """Of a step of the optimizer, of Adam and of momentum SGD, per round."""
+    """Seconds per step (rows: the optimizer, Adam, SGD with momentum; columns: rounds)."""
     compile_to_adam: float
     program: Row
 
@@ -79,7 +79,7 @@ def measure(name: str, tree: trees.Tree, config: Config) -> Measured:
 
 
 def summary(name: str, sweeps: list[Measured]) -> Row:
-    """All rounds of all sweeps."""
+    """Summarizes all rounds of all sweeps."""
     own, adam, sgd = np.concatenate([sweep.seconds for sweep in sweeps], axis=1)
     return {
         "optimizer": name,
@@ -93,7 +93,7 @@ def summary(name: str, sweeps: list[Measured]) -> Row:
 
 
 def fits(tree: trees.Tree) -> bool:
-    """Whether three optimizers' parameters and states, and the gradients, fit in memory."""
+    """Whether parameters and states of three optimizers, and the gradients, fit in memory."""
     memory = pathlib.Path("/proc/meminfo")
     if jax.default_backend() != "cpu" or not memory.exists():
         return True
@@ -140,9 +140,9 @@ def main(config: Config) -> None:
         count = f"{trees.count(tree.shapes):,}"
         print_table(f"{name}, {count} parameters", table(results[name]))
     print(
-        "\nRatios: median (quartiles) of the rounds, to optax.adam and to optax.sgd with momentum;"
-        "\ncompile time to that of optax.adam; bytes accessed and temporary, per parameter, as XLA"
-        "\nreports them (float32); copies of 16384 entries and more in the compiled program."
+        "\nRatios to optax.adam and to optax.sgd with momentum: median (quartiles) of the rounds."
+        "\nCompile: relative to optax.adam. Bytes accessed and temporary bytes: per parameter, as"
+        "\nXLA reports them (float32). Copies: of at least 16384 entries in the compiled program."
     )
     settings = {"sweeps": config.sweeps, "rounds": config.rounds, "budget": config.budget}
     write(config.out, "step", settings, results)

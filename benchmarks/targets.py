@@ -1,4 +1,4 @@
-"""Accelerators that can be compiled for without being there."""
+"""Accelerators for which programs can be compiled on a machine without them."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ from jax.experimental import topologies
 
 Target: TypeAlias = Literal["h100", "v5e", "256 h100", "512 v5p"]
 
-# https://docs.nvidia.com/cuda/hopper-tuning-guide and NVIDIA's data sheet, as XLA asks for it.
+# From https://docs.nvidia.com/cuda/hopper-tuning-guide and NVIDIA's data sheet, in XLA's format.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -31,15 +31,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def gpus(topology: str) -> Any:
-    """H100s: hosts and devices of each, as in "32x8x1"."""
+    """A topology of H100s, given by hosts and devices per host, such as "32x8x1"."""
     return topologies.get_topology_desc(
         topology, platform="cuda", topology=topology, target_config=H100
     )
 
 
 def tpus(topology: str) -> Any:
-    """TPUs: a kind and how many are in each direction, as in "v5p:8x8x8"."""
-    # Read when libtpu is loaded: it is to describe a TPU, and not to look for one.
+    """A topology of TPUs, given by their kind and number per direction, such as "v5p:8x8x8"."""
+    # libtpu reads these when it is loaded. With them it describes a TPU without looking for one.
     os.environ |= {
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -48,7 +48,7 @@ def tpus(topology: str) -> Any:
     return topologies.get_topology_desc(topology, platform="tpu")
 
 
-# With the package that has the compiler.
+# Each target with the package that contains its compiler.
 TARGETS: dict[Target, tuple[str, Callable[[], Any]]] = {
     "h100": ("jax_plugins.xla_cuda12", lambda: gpus("1x1x1")),
     "256 h100": ("jax_plugins.xla_cuda12", lambda: gpus("32x8x1")),

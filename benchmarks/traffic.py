@@ -1,4 +1,4 @@
-"""What a compiled program reads and writes, read off its text."""
+"""Computes the memory traffic of a compiled program from its text."""
 
 import math
 import re
@@ -41,9 +41,9 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def arrays(result: str) -> list[tuple[int, bool]]:
-    """The bytes of each array of a result, and whether it is in the main memory.
+    """The bytes of each array of a result, and whether the array is in the main memory.
 
-    A TPU's vector and scalar memories are others, `S(1)` and more in the layout.
+    Arrays in the other memories of a TPU (vector and scalar) have `S(1)` or higher in their layout.
     """
     return [
         (
@@ -59,7 +59,7 @@ def in_main_memory(result: str) -> int:
 
 
 def uses(computation: list[Instruction]) -> list[int]:
-    """How often a fusion reads each of its parameters: once, or once for each part it joins."""
+    """How often a fusion reads each parameter: once, or once per concatenated part that uses it."""
     by_name = {each.name: each for each in computation}
     joins = next((each for each in computation if each.operation == "concatenate"), None)
     parameters = [each for each in computation if each.operation == "parameter"]
@@ -80,7 +80,10 @@ def uses(computation: list[Instruction]) -> list[int]:
 
 
 def traffic(text: str) -> tuple[int, int, int]:
-    """Bytes read and written by the kernels of the entry computation, kernels, and copies."""
+    """The bytes that the entry computation's kernels read and write, and counts of kernels, copies.
+
+    Copies count if they are larger than 64 KiB.
+    """
     program, entry = computations(text)
     results = {each.name: each.result for each in program[entry]}
     total = kernels = copies = 0
@@ -89,11 +92,11 @@ def traffic(text: str) -> tuple[int, int, int]:
             continue
         found = arrays(each.result)
         largest = max((size for size, _ in found), default=0)
-        if each.operation in ("copy-start", "slice-start"):  # target, source and a flag
+        if each.operation in ("copy-start", "slice-start"):  # result: target, source and a flag
             ends = found[:2]
             total += min(size for size, _ in ends) * sum(main for _, main in ends)
             continue
-        if "ConcatBitcast" in each.rest:  # a TPU's name for slices that lie side by side
+        if "ConcatBitcast" in each.rest:  # on a TPU: adjacent slices, which need no copy
             continue
         called = re.search(r"calls=%(\S+?)(?:,|$)", each.rest)
         times = [1] * len(each.operands)
@@ -102,7 +105,7 @@ def traffic(text: str) -> tuple[int, int, int]:
         for name, count in zip(each.operands, times, strict=True):
             total += count * in_main_memory(results[name])
         total += in_main_memory(each.result)
-        # A TPU computes bare numbers beside its kernels.
+        # A TPU computes scalars outside its kernels.
         kernels += each.operation == "fusion" or largest > 8
         copies += each.operation in COPIES and largest > 1 << 16
     return total, kernels, copies

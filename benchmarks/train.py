@@ -1,11 +1,14 @@
-"""What an optimizer adds to a training step: time and temporary memory, and what compiling takes.
+"""Measures what an optimizer adds to a training step: time, temporary memory and compile time.
 
-CPU seconds of a jitted, donated training step beyond those of the same step with plain SGD, to
-what Adam adds; temporary memory to that of the parameters. The networks are ten normalized layers
-of 1536 x 1536, with a group per column or per layer; eight convolutions of 3 x 3 with BatchNorm,
-whose times vary by more than what an optimizer adds, so that the whole step is given, to Adam's;
-and a transformer of 24 unrolled layers, whose update alone is traced and compiled. All optimizers
-run interleaved. Results of several versions of JAX are kept beside each other.
+Training steps are jitted and donate their arguments. "Added" is the CPU time of a step beyond that
+of the same step with plain SGD, relative to what Adam adds. Temporary memory is relative to the
+size of the parameters. All optimizers run interleaved. The networks:
+- "columns", "layers": ten normalized layers of 1536 x 1536, with a group per column or per layer;
+- "convolutions": eight convolutions of 3 x 3 with BatchNorm. Their times vary by more than an
+  optimizer adds, so the time of the whole step is given, relative to Adam's;
+- "unrolled": a transformer of 24 unrolled layers, whose update is only traced and compiled.
+
+Results are kept per version of JAX.
 
     make bench-train
     .venv/bin/python benchmarks/train.py --network columns --optimizer adamsrt hyperball
@@ -45,14 +48,14 @@ NAMES = ("adams", "adamsrt", "sgdmrt", "adamg", "hyperball", "rotational_adamw",
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What optimizers add to a training step."""
+    """Measures what optimizers add to a training step."""
 
     network: tuple[Name, ...] = get_args(Name)
-    """Networks; `unrolled` is only compiled. Without any, what was measured before is shown."""
+    """Networks. With none, only the results of earlier runs are shown."""
     optimizer: tuple[str, ...] = NAMES
-    """Optimizers; plain SGD and Adam are always there."""
+    """Optimizers. Plain SGD and Adam are always included."""
     width: int = 1536
-    """Of the layers; a quarter of it are the channels of the convolutions."""
+    """Width of the layers. The convolutions have a quarter as many channels."""
     depth: int = 24
     """Layers of the unrolled transformer."""
     rounds: int = 25
@@ -62,7 +65,7 @@ class Config:
 
 
 class Problem(NamedTuple):
-    """A network's parameters, their groups and its loss."""
+    """The parameters of a network, their groups and the loss."""
 
     params: Any
     groups: so.Groups
@@ -79,7 +82,11 @@ def normalized(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def layers(width: int, group: so.RadialGroup, axis: int) -> Problem:
-    """Ten linear layers, each normalized over an axis: over the batch, columns are invariant."""
+    """Ten linear layers, each followed by a normalization over an axis.
+
+    With the batch axis, 0, the columns of a kernel are radially invariant; with axis 1, the whole
+    kernel is.
+    """
     params = {f"layer{n}": normal(n, (width, width), width**-0.5) for n in range(10)}
     inputs = normal(10, (8, width))
 
@@ -137,7 +144,7 @@ def measure(name: Name, config: Config) -> list[Row]:
             return carry
 
         runs[each] = run
-    clock = time.process_time  # seconds of all cores
+    clock = time.process_time  # CPU seconds, summed over all cores
     times = interleave(runs, budget=3600, rounds=config.rounds, clock=clock)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.params))
     adam = float(np.median(times["optax.adam"] - times["sgd"]))
@@ -152,7 +159,7 @@ def measure(name: Name, config: Config) -> list[Row]:
 
 
 def compile_unrolled(config: Config) -> list[Row]:
-    """Seconds for tracing and for compiling the update of an unrolled transformer."""
+    """Measures CPU seconds for tracing and for compiling the update of an unrolled transformer."""
     width = 256
     shapes = {
         f"layer{n}": {
@@ -202,14 +209,14 @@ def compile_unrolled(config: Config) -> list[Row]:
 
 
 def state_bytes(name: str) -> float:
-    """Bytes of the optimizer's state a weight, where all weights are in groups."""
+    """Bytes of optimizer state per weight, if all weights are in groups."""
     params = {"kernel": jax.ShapeDtypeStruct((1536, 1536), jnp.float32)}
     state = jax.eval_shape(OPTIMIZERS[name](so.per_filter()).init, params)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1536**2
 
 
 def summary(results: dict[str, dict[str, list[Row]]]) -> list[Row]:
-    """How much longer than with Adam a training step takes, by medians, and the state's size."""
+    """How much longer a training step takes than with Adam (by medians), and the state's size."""
     found: dict[str, Row] = {}
     for version, networks in results.items():
         for network in ("columns", "layers", "convolutions"):

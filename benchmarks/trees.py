@@ -1,4 +1,4 @@
-"""Parameter trees of known networks, by shape, and the groups of their weights."""
+"""Parameter shapes of known networks, and the groups of their weights."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -9,12 +9,12 @@ import numpy as np
 
 import spherical_optax as so
 
-Shapes: TypeAlias = dict[str, Any]  # nested, with a shape at each leaf
+Shapes: TypeAlias = dict[str, Any]  # nested dictionaries of shapes
 Name: TypeAlias = Literal["resnet18", "resnet50", "transformer"]
 
 
 class Tree(NamedTuple):
-    """Parameters by shape, and their radially invariant groups."""
+    """The shapes of parameters, and their radially invariant groups."""
 
     shapes: Shapes
     groups: so.Groups
@@ -32,7 +32,7 @@ def _block(stem: Shapes, kernels: list[tuple[int, ...]]) -> Shapes:
 
 
 def resnet18(classes: int = 10) -> Tree:
-    """The ResNet18 for 32x32 images, 11 million parameters."""
+    """The ResNet18 for 32x32 images, with 11 million parameters."""
     shapes = _block({}, [(3, 3, 3, 64)])
     width = 64
     for stage, features in enumerate((64, 128, 256, 512)):
@@ -47,7 +47,7 @@ def resnet18(classes: int = 10) -> Tree:
 
 
 def resnet50(classes: int = 1000) -> Tree:
-    """The ResNet50 for ImageNet, 25 million parameters."""
+    """The ResNet50 for ImageNet, with 25 million parameters."""
     shapes = _block({}, [(7, 7, 3, 64)])
     width = 64
     for stage, (features, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
@@ -68,7 +68,7 @@ def resnet50(classes: int = 1000) -> Tree:
 def transformer(
     layers: int = 12, width: int = 768, heads: int = 12, vocabulary: int = 50304
 ) -> Tree:
-    """A decoder with QK-norm, 124 million parameters; queries and keys have groups, by head."""
+    """A decoder with 124 million parameters and QK-norm; heads of queries and keys are groups."""
     size = width // heads
     layer = {
         "query": {"kernel": (width, heads, size)},
@@ -95,7 +95,7 @@ TREES: dict[Name, Callable[[], Tree]] = {
 
 
 def arrays(shapes: Shapes, seed: int, dtype: Any = jnp.float32) -> Any:
-    """Normal random numbers of these shapes, 0.05 long each."""
+    """Normal random arrays of these shapes, with a standard deviation of 0.05."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: jnp.asarray(0.05 * rng.standard_normal(shape, np.float32), dtype),
@@ -105,7 +105,7 @@ def arrays(shapes: Shapes, seed: int, dtype: Any = jnp.float32) -> Any:
 
 
 def abstract(shapes: Shapes, dtype: Any = jnp.float32) -> Any:
-    """Arrays of these shapes without values."""
+    """Abstract arrays of these shapes, without values."""
     return jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype),
         shapes,

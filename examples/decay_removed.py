@@ -1,20 +1,22 @@
-"""Learning rate and decay, or one angle: how many settings must be tried for a good one?
+"""Compares tuning learning rate and weight decay (AdamW) with tuning one angle (fixed radius).
 
-Under AdamW, learning rate and decay set together by which angle a normalized filter turns per
-step, and the decay has to be found as well. On a sphere of fixed radius the angle is the only
-number. The filters of a network are trained by AdamW over a grid of learning rates and decays, by
-Hyperball and by its rotational variant over as many angles as AdamW has learning rates; all other
-parameters follow the same Adam. What is reported is the expected held-out loss of the best of k
-settings drawn from the grid: chosen by some seeds, measured on others.
+With AdamW, the angle per step of a normalized filter depends on learning rate and weight decay, so
+both must be tuned. On a sphere of fixed radius, the angle per step is the only number to tune. The
+program trains the filters of a network by AdamW over a grid of learning rates and weight decays,
+and by Hyperball and its rotational variant over a grid of angles, with as many angles as AdamW has
+learning rates. All other parameters are trained by the same Adam. It reports the expected held-out
+loss of the best of k settings drawn from the grid. Some seeds choose the best setting, other seeds
+measure its loss.
 
-What would count was written down before the first run: Hyperball needs fewer settings than AdamW
-if its loss at k = 4 is below AdamW's at k = 16, with the whole 95 % interval of the difference
-below 0; AdamW is better if it is above 0; else nothing is shown. The same for rotational.
+The criterion was fixed before the first run. Hyperball needs fewer settings than AdamW if its loss
+at k = 4 is below AdamW's at k = 16, and the whole 95 % interval of the difference is below 0. AdamW
+is better if the whole interval is above 0. Otherwise nothing is shown. The criterion for the
+rotational variant is the same.
 
-The digits have the network of digits.py, trained on few images as in ablation.py. With --images
-it is the ResNet20 of width 4 of examples/paper, on a data set that this reads. Runs are kept in
-`runs.jsonl`: stopped and started again, it goes on after the last. It prints a table and writes
-`results.json` and `curves.png`.
+By default the network is that of digits.py, trained on few digits as in ablation.py. With --images
+it is the ResNet20 of examples/paper with width 4, on a data set in a format that examples/paper
+reads. Finished runs are kept in `runs.jsonl`: a program that was stopped resumes after the last
+one. It prints a table and writes `results.json` and `curves.png`.
 
     python examples/decay_removed.py                          # 20 minutes
     python examples/decay_removed.py --images /usr/share/datasets/fashion-mnist
@@ -52,29 +54,29 @@ NAMES: tuple[Name, ...] = ("adamw", "hyperball", "rotational")
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # AdamW's learning rates, and the angles
 DECAYS = (0.0, 0.01, 0.1, 1.0, 10.0)
-DRAWS = 20  # the most settings that are tried
-FEW, MANY = 4, 16  # settings of the sphere's optimizers, and of AdamW, that are compared
+DRAWS = 20  # the largest number of settings tried
+FEW, MANY = 4, 16  # the criterion compares FEW settings on a sphere with MANY of AdamW
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Compares AdamW's learning rate and decay with one angle."""
+    """Compares tuning AdamW's learning rate and weight decay with tuning one angle."""
 
     images: pathlib.Path | None = None
-    """Folder of a data set with images of 10 classes, as examples/paper reads it. None: digits."""
+    """Folder of an image data set with 10 classes that examples/paper can read. None: digits."""
     seeds: int | None = None
-    """Runs of each setting that are reported, with the seeds 0, 1, ...; None: 20, 2 with images."""
+    """Reported runs per setting, with the seeds 0, 1, ... None: 20, or 2 with --images."""
     search_seeds: int | None = None
-    """Runs of each setting that choose the best, with the next seeds; None: the same."""
+    """Runs per setting that choose the best one, with further seeds. None: as many as seeds."""
     epochs: int | None = None
-    """Passes over the training images of a run, 320 digits or 2000 images. None: 20 or 2."""
+    """Passes over the training images of a run. None: 20 over 320 digits, 2 over 2000 images."""
     out: pathlib.Path = pathlib.Path("out/decay_removed")
     """Directory for runs.jsonl, results.json and curves.png."""
 
 
 class Setting(NamedTuple):
     rate: float  # AdamW's learning rate, or the angle per step in radians
-    decay: float  # of AdamW
+    decay: float  # AdamW's weight decay; 0 for the others
 
 
 def settings_of(name: Name) -> list[Setting]:
@@ -85,7 +87,10 @@ def settings_of(name: Name) -> list[Setting]:
 def make_optimizer(
     name: Name, setting: Setting, steps: int, groups: so.Groups
 ) -> optax.GradientTransformation:
-    """For the filters; all else follows Adam. Learning rates and angles fall along a cosine."""
+    """The named optimizer for the filters, and Adam for all other parameters.
+
+    Learning rates and angles decay along a cosine.
+    """
     rate = optax.cosine_decay_schedule(setting.rate, steps)
     match name:
         case "adamw":
@@ -102,7 +107,10 @@ def digits_task(epochs: int | None) -> Task:
 
 
 def images_task(folder: pathlib.Path, epochs: int | None) -> Task:
-    """On 2000 images, tested on 1000 of the test set; 1000 of those left out choose."""
+    """The first 3000 training images, 2000 of them per run, and the first 1000 test images.
+
+    The 1000 training images that a run does not use measure the search.
+    """
     try:
         found = read(folder)
         small = found.shape is not None and found.shape[0] <= 32
@@ -137,7 +145,7 @@ def measure(
     seeds: tuple[int, int],
     progress: tqdm.tqdm,
 ) -> np.ndarray:
-    """The losses of each setting (settings, seeds): first those reported, then the search's."""
+    """The losses (settings, seeds): first those of the reported seeds, then of the search seeds."""
     run = make_run(task, functools.partial(make_optimizer, name, steps=task.steps, groups=groups))
 
     def loss(setting: Setting, seed: int) -> float:
@@ -152,14 +160,15 @@ def measure(
 
 
 def expected_best(search: np.ndarray, report: np.ndarray, draws: int = DRAWS) -> np.ndarray:
-    """Expected reported loss of the setting that the search finds best of k drawn, k = 1..draws.
+    """The expected loss of the best of k settings drawn at random, for k = 1, ..., draws.
 
-    With the n settings in order of their search loss, the best of k drawn with replacement is
-    the i-th with probability ((n - i + 1) / n)^k - ((n - i) / n)^k.
+    The search loss decides which of the drawn settings is best; the reported loss is averaged. Sort
+    the n settings by search loss. Among k settings drawn with replacement, the best is the i-th
+    with probability ((n - i + 1) / n)^k - ((n - i) / n)^k.
 
     Args:
-      search: Mean loss of each setting (n,) over the seeds that choose.
-      report: That over other seeds (n,).
+      search: Mean loss of each setting over the search seeds (n,).
+      report: Mean loss of each setting over the reported seeds (n,).
       draws: The largest k.
 
     Returns:
@@ -167,7 +176,7 @@ def expected_best(search: np.ndarray, report: np.ndarray, draws: int = DRAWS) ->
     """
     n = len(search)
     ordered = report[np.argsort(search, kind="stable")]
-    beyond = np.arange(n, -1, -1) / n  # probability that one draw is none of the first i
+    beyond = np.arange(n, -1, -1) / n  # probability that a draw is not among the first i
     chances = -np.diff(beyond ** np.arange(1, draws + 1)[:, None], axis=1)
     return chances @ ordered
 
@@ -176,12 +185,13 @@ def summarize(search: dict[Name, np.ndarray], report: dict[Name, np.ndarray]) ->
     """Curves and differences with 95 % intervals, by a bootstrap over the seeds.
 
     Args:
-      search: For each optimizer the losses (settings, search seeds).
-      report: Those of the reported seeds (settings, seeds).
+      search: The losses of each optimizer (settings, search seeds).
+      report: The losses of each optimizer (settings, reported seeds).
 
     Returns:
-      Of each optimizer `loss`, `low` and `high` by k, and for those on spheres `difference`:
-      that of their loss at k = FEW to AdamW's at k = MANY, and its interval.
+      For each optimizer the expected `loss` for each k, with its interval `low` and `high`. For
+      Hyperball and rotational also `difference`: their loss at k = FEW minus AdamW's loss at
+      k = MANY, followed by its interval.
     """
     spheres = [name for name in search if name != "adamw"]
 

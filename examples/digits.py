@@ -1,6 +1,6 @@
 """Trains a small convolutional network on scikit-learn's digits with several optimizers.
 
-Every optimizer starts from the same weights and sees the same batches. The run prints a
+Every optimizer starts from the same weights and sees the same batches. The program prints a
 table of test accuracy and step time, and writes `results.json` and `curves.png`.
 
     python examples/digits.py                                  # six optimizers
@@ -60,12 +60,12 @@ BATCH_SIZE = 128
 
 # BatchNorm follows each convolution, so multiplying a filter by a positive number does not
 # change the loss: each filter is a radially invariant group. No normalization follows the
-# linear layer: no rule matches it, and it has no group.
+# linear layer, so no rule matches it, and it has no group.
 RULES = so.groups_by_path({r"conv\d+/kernel": so.per_filter()})
 
 
 def adam_elsewhere(spherical: Make) -> Make:
-    """Leaves without a group follow Adam, at the rate that groups have."""
+    """Trains parameters without a group by Adam, at the same learning rate as the groups."""
     return lambda rate, groups: spherical(rate, groups=groups, other=optax.adam(rate))
 
 
@@ -78,7 +78,7 @@ SPHERICAL: dict[Name, Make] = {
     "adamp": so.adamp,
     "sgdp": so.sgdp,
     "adamh": adam_elsewhere(so.adamh),
-    # The decay sets the angle of a step: more than the defaults, which are for longer runs.
+    # The decay sets the angle per step. These runs are short, so it is larger than the default.
     "rotational_adamw": functools.partial(so.rotational_adamw, weight_decay=0.1),
     "rotational_sgdm": functools.partial(so.rotational_sgdm, weight_decay=1e-3),
     "rotational_lion": functools.partial(so.rotational_lion, weight_decay=1.0),
@@ -89,10 +89,10 @@ BASELINES: dict[Name, Make] = {
     "sgd": functools.partial(optax.sgd, momentum=0.9),
 }
 
-# Learning rates of a grid search on held-out parts of the training set: 3e-4, 1e-3, ..., 0.3
-# (ten times that for adamg_star and those that follow SGD), 20 epochs, the best mean accuracy
-# over ten seeds other than those used here, each fold of a 5-fold cross-validation twice; ties
-# by cross-entropy.
+# Learning rates from a grid search by 5-fold cross-validation on the training set, with 20 epochs.
+# The grid is 3e-4, 1e-3, ..., 0.3, and ten times that for adamg_star and the variants of SGD. Each
+# fold is held out twice, so there are ten seeds, other than those used here. The best mean accuracy
+# wins; cross-entropy breaks ties.
 LEARNING_RATES: dict[Name, float] = {
     "adamsrt": 0.03,
     "adams": 0.01,
@@ -110,7 +110,7 @@ LEARNING_RATES: dict[Name, float] = {
     "sgd": 0.3,
 }
 
-# Okabe and Ito's colours for the default ones, and eight more that differ from them.
+# Okabe and Ito's colors, and more that differ from them.
 STYLES: dict[Name, tuple[str, str]] = {
     "adamsrt": ("#D55E00", "-"),
     "adams": ("#E69F00", "-"),
@@ -136,11 +136,12 @@ class Config:
     optimizer: tuple[Name, ...] = DEFAULT
     """Optimizers to train with, one or several."""
     learning_rate: float | None = None
-    """Initial learning rate, decayed along a cosine (not adamg_star's). None: the one tuned."""
+    """Initial learning rate, decayed along a cosine (constant for adamg_star). None: the tuned
+    one of each optimizer."""
     epochs: int = 20
     """Passes over the training set."""
     groups: Literal["rules", "auto"] = "rules"
-    """How the radial groups are named: by the path rules in this file, or found by experiment."""
+    """How the radial groups are given: by the path rules in this file, or found automatically."""
     seeds: int = 10
     """Runs per optimizer; the seeds 0, 1, ... set the initial weights and the batches."""
     out: pathlib.Path = pathlib.Path("out/digits")
@@ -151,7 +152,7 @@ class Network(nnx.Module):
     """Three convolutions, each with BatchNorm and ReLU, mean pooling and a linear layer."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        # BatchNorm subtracts the mean, and a bias with it: the convolutions have none.
+        # BatchNorm subtracts the mean, so a bias before it has no effect.
         conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, rngs=rngs)
         norm = functools.partial(nnx.BatchNorm, momentum=0.9, rngs=rngs)
         self.conv1, self.norm1 = conv(1, 16), norm(16)
@@ -172,16 +173,16 @@ class Network(nnx.Module):
 def make_optimizer(
     name: Name, learning_rate: float, steps: int, groups: so.Groups
 ) -> optax.GradientTransformation:
-    """The optimizer of that name, its learning rate decayed to zero where it can be."""
+    """The optimizer of that name; its learning rate decays to zero, except for adamg_star."""
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
     if name in BASELINES:
         return BASELINES[name](schedule)
-    # AdamG*'s second moment starts from its learning rate, a number.
+    # The initial second moment of AdamG* depends on the learning rate, which must be a number.
     return SPHERICAL[name](learning_rate if name == "adamg_star" else schedule, groups=groups)
 
 
 def find_groups(images: np.ndarray) -> so.FoundGroups:
-    """The groups of the network, found by experiment on a few images."""
+    """Finds the groups of the network automatically, with a few images."""
     graphdef, params, rest = nnx.split(Network(nnx.Rngs(0)), nnx.Param, ...)
 
     def forward(params: Any, images: jax.Array) -> jax.Array:
@@ -194,7 +195,7 @@ def find_groups(images: np.ndarray) -> so.FoundGroups:
 def train_step(
     model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array
 ) -> dict[str, jax.Array]:
-    """One step in place; returns the loss, and the filters' mean radius and angle travelled."""
+    """Takes one step in place; returns loss, mean radius and mean angle of the filters."""
 
     def loss_fn(model: Network) -> jax.Array:
         logits = model(images)
@@ -221,7 +222,7 @@ def predict(model: Network, images: jax.Array) -> jax.Array:
 
 
 def load() -> tuple[Dataset, Dataset]:
-    """The training and test set: one stratified split, whatever the seed."""
+    """The training and the test set: a fixed stratified split."""
     digits = load_digits()
     images = (digits.images[..., None] / 16).astype(np.float32)
     x, x_test, y, y_test = train_test_split(
@@ -239,12 +240,13 @@ def train(
 ) -> tuple[Curves, list[float]]:
     """Trains one network; returns its curves and the time of each step in milliseconds.
 
-    Loss, radius and angle are means over an epoch's steps; the test accuracy is that after it.
+    Loss, radius and angle are means over the steps of an epoch. The test accuracy is measured
+    after each epoch.
     """
     (images, labels), (test_images, test_labels) = data
     model = Network(nnx.Rngs(seed))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    # Traversing both objects at every call would take a third of the step's time.
+    # Without the cache, traversing both objects would take a third of each step's time.
     step = nnx.cached_partial(train_step, model, optimizer)
     rng = np.random.default_rng(seed)
     history: list[dict[str, Any]] = []
@@ -257,7 +259,7 @@ def train(
             metrics.append(jax.block_until_ready(step(x, y)))
             times.append(1e3 * (time.perf_counter() - start))
         means = {key: np.mean([values[key] for values in metrics]) for key in metrics[0]}
-        model.eval()  # BatchNorm's running statistics
+        model.eval()  # BatchNorm uses its running statistics
         predictions = np.asarray(predict(model, jnp.asarray(test_images)))
         model.train()
         history.append(means | {"accuracy": (predictions == test_labels).mean()})
@@ -267,7 +269,7 @@ def train(
 
 
 def summarize(learning_rate: float, runs: list[Curves], times: list[float]) -> dict[str, Any]:
-    """One optimizer's results."""
+    """The results of one optimizer, for results.json."""
     accuracies = [float(run["accuracy"][-1]) for run in runs]
     return {
         "learning_rate": learning_rate,
@@ -291,7 +293,7 @@ def print_table(results: dict[Name, dict[str, Any]]) -> None:
 
 
 def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib.Path) -> None:
-    """Lines are means over the seeds; bands span the seeds' range."""
+    """Plots the curves: lines are means over the seeds, bands span the range of the seeds."""
     columns = 3
     height = 6.7 + 0.25 * math.ceil(len(runs) / columns)  # two rows of panels, and the legend
     figure = Figure(figsize=(9, height), layout="constrained")
@@ -313,7 +315,7 @@ def plot(runs: dict[Name, list[Curves]], rates: dict[Name, float], path: pathlib
             ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)
-    # The second half of the epochs sets the scale: the first would flatten it.
+    # The axis covers the second half of the epochs, so that differences are visible.
     late = [run["accuracy"][len(run["accuracy"]) // 2 :] for each in runs.values() for run in each]
     axes[0, 1].set_ylim(100 * np.min(late) - 1, 100.5)
     for ax in axes[1]:
@@ -341,13 +343,13 @@ def main(config: Config) -> None:
     steps = config.epochs * (len(data[0][0]) // BATCH_SIZE)
     names = tuple(dict.fromkeys(config.optimizer))
     rates = {name: config.learning_rate or LEARNING_RATES[name] for name in names}
-    # Shared by all seeds: a new transformation would be compiled again.
+    # All seeds share these: a new transformation would be compiled again.
     txs = {name: make_optimizer(name, rates[name], steps, groups) for name in names}
     runs: dict[Name, list[Curves]] = {name: [] for name in names}
     times: dict[Name, list[float]] = {name: [] for name in names}
     with tqdm.tqdm(total=config.seeds * len(names) * config.epochs, unit="epoch") as progress:
         for seed in range(config.seeds):
-            for name in names:  # innermost, so that the machine's load hits all alike
+            for name in names:  # innermost, so that machine load affects all optimizers alike
                 progress.set_description(f"seed {seed}, {name}")
                 curves, elapsed = train(txs[name], seed, config.epochs, data, progress)
                 runs[name].append(curves)

@@ -1,10 +1,10 @@
 """Trains on digits over several processes, each with its part of every batch.
 
-Starts the processes itself, on this machine, with collectives over its CPUs; on a cluster
-every host runs this program with `--process` and the coordinator's address. Parameters are
-replicated or, with `--shard`, split over the processes, and the state with them. The final
-parameters are compared with those of a run in one process; in float64, as training amplifies
-rounding.
+By default the program starts the processes itself, on this machine and on CPUs. On a cluster, every
+host runs this program with `--process` and the coordinator's address. Parameters and optimizer
+state are replicated or, with `--shard`, split over the processes. The program compares the final
+parameters with those of a run in one process. All computations are in float64, because training
+amplifies rounding errors.
 
     python examples/distributed.py
     python examples/distributed.py --processes 4 --shard
@@ -35,18 +35,18 @@ import spherical_optax as so
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The demo's network on digits, over several processes."""
+    """Trains the network of digits.py over several processes."""
 
     processes: int = 2
     """Number of processes."""
     process: int | None = None
-    """Number of this process, from 0. None: start them all here, and one alone to compare."""
+    """Number of this process, from 0. None: start all of them here, and a single one to compare."""
     coordinator: str | None = None
-    """Address and port of process 0, where processes are started one by one."""
+    """Address and port of process 0. Pass it if you start the processes one by one."""
     bind: str | None = None
     """Address and port on which process 0 listens. None: those of the coordinator."""
     shard: bool = False
-    """Whether to split parameters and state over the processes, on output channels."""
+    """Whether to split parameters and state over the processes, along output channels."""
     steps: int = 40
     """Training steps."""
     learning_rate: float = 0.03
@@ -56,14 +56,14 @@ class Config:
 
 
 def split_channels(mesh: jax.sharding.Mesh, x: Any, *, shard: bool) -> NamedSharding:
-    """The last axis of kernels over all devices, where they divide it."""
+    """Shards the last axis of kernels over all devices if its size is divisible."""
     divides = shard and x.ndim > 1 and x.shape[-1] % mesh.size == 0
     spec = PartitionSpec(*(None,) * (x.ndim - 1), "devices") if divides else PartitionSpec()
     return NamedSharding(mesh, spec)
 
 
 def train(config: Config) -> tuple[Any, float]:
-    """The same program on every process; returns the parameters and the last loss."""
+    """Trains; runs on every process, and returns the parameters and the last loss."""
     (images, labels), _ = load()
     images = images.astype(float)
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
@@ -90,7 +90,7 @@ def train(config: Config) -> tuple[Any, float]:
     rng = np.random.default_rng(0)
     for _ in range(config.steps):
         batch = rng.permutation(len(images))[:BATCH_SIZE]
-        # Every process draws the whole batch, and hands its devices their part.
+        # Every process draws the whole batch, and gives its devices their part.
         x, y = (
             jax.make_array_from_callback(part.shape, batches, lambda index, part=part: part[index])
             for part in (images[batch], labels[batch])
@@ -102,7 +102,7 @@ def train(config: Config) -> tuple[Any, float]:
 
 
 def worker(config: Config) -> None:
-    """One process of the run."""
+    """Runs one process."""
     jax.config.update("jax_enable_x64", True)
     if config.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -110,7 +110,8 @@ def worker(config: Config) -> None:
             config.coordinator,
             config.processes,
             config.process,
-            coordinator_bind_address=config.bind or config.coordinator,  # JAX's own: all addresses
+            # By default JAX would listen on all addresses.
+            coordinator_bind_address=config.bind or config.coordinator,
         )
     params, loss = train(config)
     if config.process == 0:
@@ -120,7 +121,7 @@ def worker(config: Config) -> None:
 
 
 def start(config: Config, processes: int) -> None:
-    """Starts the processes on this machine, and waits for them."""
+    """Starts the processes on this machine, and waits until they end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"

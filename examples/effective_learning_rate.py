@@ -1,17 +1,17 @@
-"""Follows the filters of the demo's network on their spheres, with and without decay.
+"""Measures effective learning rate, radius and angle of the filters of digits.py's network.
 
-For every step and filter it takes the effective learning rate and the angle that the
-theorem predicts from the optimizer's state, and measures radius and angle on the
-parameters. It prints how far prediction and measurement are apart, and writes
-`results.json` and `curves.png`.
+For every step and filter, the theorem predicts the effective learning rate and the angle from the
+optimizer's state. The program compares the prediction with the angle measured on the parameters. It
+prints the largest relative deviation, and writes `results.json` and `curves.png`. Each optimizer
+runs without and with weight decay.
 
     python examples/effective_learning_rate.py
     python examples/effective_learning_rate.py --optimizer sgd adamw --epochs 80
     python examples/effective_learning_rate.py --help
 
-The learning rates are constant: what then changes the effective learning rate is the
-radius and, for Adam and its relatives, the second moment, and not a schedule. All is in
-float64: a step is a small difference of parameters, of which float32 keeps few digits.
+The learning rates are constant, so only the radius and, for Adam and its variants, the second
+moment change the effective learning rate. All computations are in float64: the angle of a step
+comes from a small difference of parameters, which float32 resolves to few digits.
 """
 
 import dataclasses
@@ -41,13 +41,13 @@ import spherical_optax as so
 
 Name: TypeAlias = Literal["sgd", "adam", "adamw", "adams", "adamsrt"]
 
-LAYERS = {"conv1": "#D55E00", "conv2": "#CC79A7", "conv3": "#56B4E9"}  # colours
+LAYERS = {"conv1": "#D55E00", "conv2": "#CC79A7", "conv3": "#56B4E9"}  # with their colors
 FILTERS = so.per_filter()
 MOMENTUM, B1, B2, EPS = 0.9, 0.9, 0.999, 1e-8
 
 
 class Setting(NamedTuple):
-    """Chosen so that radii turn around within the 40 epochs, not for accuracy."""
+    """Chosen so that the effect of weight decay shows within 40 epochs, not for accuracy."""
 
     learning_rate: float
     decay: float
@@ -63,7 +63,7 @@ SETTINGS: dict[Name, Setting] = {
 
 
 class Record(NamedTuple):
-    """One step of one layer, a value per filter."""
+    """One step of one layer, with one value per filter."""
 
     effective: jax.Array
     radius: jax.Array
@@ -76,17 +76,17 @@ class Config:
     """Effective learning rate, radius and angle per step of each layer on digits."""
 
     optimizer: tuple[Name, ...] = get_args(Name)
-    """Optimizers to train with, one or several; each without and with decay."""
+    """Optimizers to train with, one or several. Each runs without and with weight decay."""
     epochs: int = 40
-    """Passes over the training set, of 10 steps each."""
+    """Passes over the training set, each of 10 steps."""
     seed: int = 0
-    """Sets the initial weights and the batches."""
+    """Seed of the initial weights and the batches."""
     out: pathlib.Path = pathlib.Path("out/effective_learning_rate")
     """Directory for results.json and curves.png."""
 
 
 def make_optimizer(name: Name, learning_rate: float, decay: float) -> optax.GradientTransformation:
-    """The optimizer of that name; the decay is L2, decoupled for adamw."""
+    """The optimizer of that name; weight decay is L2, or decoupled for adamw."""
     if name == "adams":
         return so.adams(learning_rate, B1, B2, EPS, groups=RULES, weight_decay=decay)
     if name == "adamsrt":
@@ -104,9 +104,14 @@ def make_optimizer(name: Name, learning_rate: float, decay: float) -> optax.Grad
 def quotient(
     name: Name, state: optax.OptState, layer: str, gradient: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array | float]:
-    """Numerator and denominator of the step that led to this state, of one layer's kernel.
+    """Numerator and denominator of the last step of one layer's kernel.
 
-    The gradient includes L2, and the kernel is that before the step.
+    Args:
+      name: The optimizer.
+      state: The optimizer's state after the step.
+      layer: The layer.
+      gradient: The gradient of the step, including L2.
+      kernel: The kernel before the step.
     """
 
     def moment(field: str) -> jax.Array:
@@ -115,7 +120,7 @@ def quotient(
     if name == "sgd":
         return moment("trace"), 1.0
     m, v, count = moment("mu"), moment("nu"), optax.tree.get(state, "count")
-    if name == "adamsrt":  # its state is that of the gradient on the unit sphere, tangent part
+    if name == "adamsrt":  # its moments are of the gradient's tangent part on the unit sphere
         radius = so.geometry.norm(kernel, FILTERS)
         radial = gradient - so.geometry.project(gradient, kernel, FILTERS)
         m, v = m / radius + (1 - B1) * radial, v / radius**2
@@ -136,11 +141,11 @@ def batches(data: Dataset, seed: int, epochs: int) -> Iterator[tuple[jax.Array, 
 def make_step(
     name: Name, decay: float, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[Any, optax.OptState, list[Record]]]:
-    """The optimizer's step, which returns a record per layer too."""
+    """Returns the optimizer's step, which also returns a record per layer."""
     learning_rate = SETTINGS[name].learning_rate
     coupled = 0.0 if name == "adamw" else decay
-    # Decoupled decay multiplies x by 1 - learning_rate decay, which no direction feels: to
-    # divide the learning rate by it turns the filters alike.
+    # Decoupled decay multiplies x by 1 - learning_rate * decay, which changes no direction.
+    # Dividing the learning rate by this factor instead rotates the filters by the same angle.
     rate = learning_rate / (1 - learning_rate * decay) if name == "adamw" else learning_rate
 
     @jax.jit
@@ -173,7 +178,7 @@ def train(
     data: Iterable[tuple[jax.Array, jax.Array]],
     progress: tqdm.tqdm,
 ) -> tuple[list[Record], np.ndarray]:
-    """Trains on the batches; returns layers' records, of shape (steps, filters), and losses."""
+    """Trains on the batches; returns the layers' records (steps, filters) and the losses."""
     tx = make_optimizer(name, SETTINGS[name].learning_rate, decay)
     step = make_step(name, decay, tx)
     state, history, losses = tx.init(params), [], []
@@ -188,7 +193,7 @@ def train(
 
 def deviation(records: list[Record]) -> float:
     """The largest relative deviation of the predicted from the measured angle."""
-    tiny = np.finfo(float).tiny  # a filter may stand still
+    tiny = np.finfo(float).tiny  # the angle of a filter may be 0
     return max(
         float(np.max(np.abs(record.predicted - record.angle) / np.maximum(record.angle, tiny)))
         for record in records
@@ -196,12 +201,12 @@ def deviation(records: list[Record]) -> float:
 
 
 def per_epoch(values: np.ndarray, epochs: int) -> np.ndarray:
-    """The mean over filters and an epoch's steps."""
+    """The mean of each epoch, over its steps and the filters."""
     return values.reshape(epochs, -1).mean(1)
 
 
 def summarize(decay: float, records: list[Record], losses: np.ndarray, epochs: int) -> Any:
-    """One run's results; means over the last epoch and a layer's filters."""
+    """The results of one run, as means over the last epoch and the filters of a layer."""
     return {
         "decay": decay,
         "training_loss": float(per_epoch(losses, epochs)[-1]),
@@ -232,7 +237,7 @@ def print_table(results: dict[Name, dict[str, Any]]) -> None:
 
 
 def equilibrium_angle(name: Name) -> float | None:
-    """That of Kosson et al. (2024) for gradients of random directions, where it is known."""
+    """The equilibrium angle of Kosson et al. (2024) for random gradients, `None` if unknown."""
     rate, decay = SETTINGS[name]
     return {
         "sgd": math.sqrt(2 * rate * decay / (1 + MOMENTUM)),
@@ -241,7 +246,7 @@ def equilibrium_angle(name: Name) -> float | None:
 
 
 def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) -> None:
-    """Means over an epoch's steps and a layer's filters."""
+    """Plots means over the steps of an epoch and the filters of a layer."""
     figure = Figure(figsize=(1.5 + 2.3 * len(runs), 7.4), layout="constrained")
     axes = figure.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False)
     panels = {
@@ -280,7 +285,7 @@ def plot(runs: dict[Name, list[list[Record]]], epochs: int, path: pathlib.Path) 
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
-    """As PNG with a palette, a quarter of the size."""
+    """Saves a PNG file with a palette, which is a quarter as large as without."""
     figure.savefig(path, dpi=90)
     with Image.open(path) as image:
         image.convert("RGB").quantize(64).save(path, optimize=True)

@@ -1,8 +1,9 @@
-"""Finds the radial groups of two networks by experiment, and trains with them.
+"""Finds the radial groups of two networks with `find_radial_groups`, and trains with them.
 
-A ResNet18 for 32x32 images (NNX, BatchNorm) and a small transformer with QK-norm (Linen,
-RMSNorm with and without biases). For each it prints what was found for every leaf, with
-the deviations measured, and takes a few steps of AdamSRT with these groups on random data.
+The networks are a ResNet18 for 32x32 images (NNX, BatchNorm) and a small transformer with QK-norm
+(Linen, RMSNorm with and without biases). For each network the program prints the finding for every
+leaf with the measured deviations. Then it takes five steps of AdamSRT with the groups that were
+found, on random data.
 
     python examples/find_groups.py
     python examples/find_groups.py --help
@@ -23,7 +24,7 @@ import spherical_optax as so
 
 
 class Residual(nnx.Module):
-    """Two convolutions with BatchNorm, and a shortcut."""
+    """A residual block: two convolutions with BatchNorm, and a shortcut."""
 
     def __init__(self, cin: int, cout: int, stride: int, rngs: nnx.Rngs) -> None:
         conv = functools.partial(nnx.Conv, use_bias=False, rngs=rngs)
@@ -42,7 +43,7 @@ class Residual(nnx.Module):
 
 
 class ResNet18(nnx.Module):
-    """The variant for small images, 11 million parameters."""
+    """The ResNet18 for small images, with 11 million parameters."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.stem = nnx.Conv(3, 64, (3, 3), use_bias=False, rngs=rngs)
@@ -62,7 +63,7 @@ class ResNet18(nnx.Module):
 
 
 class Transformer(nn.Module):
-    """Two blocks; queries and keys are normalized per head, and the MLP's hidden layer."""
+    """Two blocks; queries and keys are normalized per head, and so is the MLP's hidden layer."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
 def show_and_train(
     name: str, fn: Callable[..., jax.Array], params: Any, x: jax.Array, labels: jax.Array
 ) -> None:
-    """Prints the groups found, and the loss of five steps with them."""
+    """Prints the groups found, and the losses of five training steps with them."""
     found = so.find_radial_groups(fn, params, x, explain=True)
     print(f"\n{name}\n{so.describe_groups(params, found)}")
     tx = so.adamsrt(1e-2, groups=found)

@@ -1,9 +1,10 @@
 """Trains a small transformer on a text, with the optimizers that people train with today.
 
-A decoder-only transformer with RMSNorm and QK-norm, on the King James Bible where Debian's package
-bible-kjv is installed, or on any text in UTF-8. It can be stopped at any moment: started again it
-goes on from its last checkpoint, to the same losses and weights, bit for bit. At its end it prints
-the held-out loss and a sample, and writes `results.json` and `curves.png`.
+The model is a decoder-only transformer with RMSNorm and QK-norm. The text is the King James Bible
+from Debian's package bible-kjv, or any text in UTF-8. The program can be stopped at any time. When
+it is started again, it resumes from its last checkpoint and ends with the same losses and weights,
+bit for bit. At the end it prints the held-out loss and a sample, and writes `results.json` and
+`curves.png`.
 
     python examples/language.py                              # AdamH, three minutes on two cores
     python examples/language.py --optimizer muonh --text book.txt --level character
@@ -44,7 +45,7 @@ import spherical_optax as so
 
 Name: TypeAlias = Literal["adamh", "muonh", "adamw", "muon", "adamsrt", "rotational_adamw", "ngpt"]
 
-# layers, width, heads, hidden units, context.
+# Layers, width, heads, hidden units, context length.
 PRESETS = {
     "tiny": (2, 32, 2, 96, 32),
     "small": (4, 128, 4, 384, 128),
@@ -53,7 +54,7 @@ PRESETS = {
     "gpt2": (12, 896, 14, 2624, 1024),
 }
 
-# From a few short runs: to compare optimizers, search for the rate of each.
+# Found in a few short runs. To compare optimizers, tune the learning rate of each.
 LEARNING_RATES: dict[Name, float] = {
     "adamh": 0.02,
     "muonh": 0.02,
@@ -70,51 +71,54 @@ class Config:
     """Trains a transformer on a text."""
 
     optimizer: Name = "adamh"
-    """Of the blocks' matrices. Embedding, head and gains follow Adam, but for ngpt."""
+    """Optimizer of the blocks' matrices. Adam trains embedding, head and norm scales; ngpt trains
+    all parameters."""
     text: pathlib.Path | None = None
-    """A text in UTF-8. None: the King James Bible, of Debian's package bible-kjv."""
+    """Path of a text in UTF-8. None: the King James Bible of Debian's package bible-kjv."""
     level: Literal["byte", "character"] = "byte"
-    """What a token is."""
+    """Whether a token is a byte or a character."""
     preset: Literal["tiny", "small", "medium", "large", "gpt2"] = "small"
-    """The model: 0.04, 1, 11, 52 or 124 million parameters."""
+    """Size of the model: 0.04, 1, 11, 52 or 124 million parameters."""
     steps: int = 400
     """Training steps."""
     batch: int = 16
-    """Windows of text in a step."""
+    """Windows of text per step."""
     accumulate: int = 1
-    """Parts of a batch that are run one after another, for less memory."""
+    """Number of parts of a batch that are run one after another, to save memory."""
     learning_rate: float | None = None
-    """Peak of the matrices' learning rate. None: one that trains the default model."""
+    """Peak learning rate of the matrices. None: a rate that works for the default model."""
     other_learning_rate: float = 5e-3
-    """Peak of that of embedding, head and gains; unused by ngpt."""
+    """Peak learning rate of embedding, head and norm scales. Not used by ngpt."""
     weight_decay: float = 0.1
-    """Of matrices, under adamw, muon and rotational_adamw, whose angle it sets."""
+    """Weight decay of the matrices with adamw, muon and rotational_adamw. With rotational_adamw it
+    sets the angle."""
     warmup: int = 20
-    """Steps in which the learning rate rises; nGPT needs none."""
+    """Steps in which the learning rate rises to its peak. nGPT needs none."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How it falls to 0 after them."""
+    """Schedule of the learning rate after the warmup; cosine and linear decay to 0."""
     compute: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the arithmetic; parameters and state are in float32."""
+    """dtype of the computation. Parameters and optimizer state are always float32."""
     mesh: str = "data=1"
-    """Devices along the batch, and along heads and hidden units: such as data=4,model=2."""
+    """Number of devices for the batch (data) and for heads and hidden units (model), such as
+    data=4,model=2."""
     seed: int = 0
-    """Sets the initial weights and the batches."""
+    """Seed of the initial weights and the batches."""
     checkpoint_every: int = 50
-    """Steps from one checkpoint to the next."""
+    """Steps between checkpoints."""
     log_every: int = 10
-    """Steps from one look at loss and angles to the next."""
+    """Steps between updates of the progress bar, and between recorded angles and radii."""
     resume: bool = True
-    """Whether to go on from the last checkpoint in out; if not, checkpoints there are removed."""
+    """Whether to resume from the last checkpoint in out. If not, checkpoints there are removed."""
     out: pathlib.Path = pathlib.Path("out/language")
     """Directory for checkpoints, results.json and curves.png."""
 
 
-# What may change between a checkpoint and the run that goes on from it.
+# The options that may change when a run resumes from a checkpoint.
 FREE = ("mesh", "checkpoint_every", "log_every", "resume", "out")
 
 
 def groups_of(name: Name, size: Size) -> so.Groups:
-    """The groups whose angles and radii are recorded: those that the optimizer knows."""
+    """The groups of the optimizer, whose angles and radii are recorded."""
     special = {"adamsrt": invariant(size), "rotational_adamw": NEURONS, "ngpt": WIDTH}
     return special.get(name, MATRICES)
 
@@ -126,7 +130,7 @@ def make_optimizer(
     size: Size,
     weight_decay: jax.typing.ArrayLike = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of that name, and a recorder of its groups' steps."""
+    """The optimizer of that name, followed by a recorder of angle and radius of its groups."""
     groups, b2 = groups_of(name, size), 0.95
     adam = optax.adam(other_rate, b2=b2)
 
@@ -165,7 +169,7 @@ def make_optimizer(
 
 
 def make_schedule(peak: Any, warmup: Any, steps: int, kind: str = "cosine") -> optax.Schedule:
-    """Up to the peak in a straight line, and down to 0 over the remaining steps."""
+    """Linear warmup to the peak, then the decay of the given kind over the remaining steps."""
 
     def schedule(count: Any) -> jax.Array:
         left = jnp.clip((steps - count) / jnp.maximum(1, steps - warmup), 0, 1)
@@ -189,7 +193,7 @@ def update(
     tokens: jax.Array,
     accumulate: int = 1,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """A step, with loss, and mean angle and radius of the groups of each leaf."""
+    """Takes a step; its metrics are the loss, and mean angle and radius of each leaf's groups."""
     loss_and_grads = jax.value_and_grad(functools.partial(mean_loss, graph))
     if accumulate == 1:
         loss, grads = loss_and_grads(params, tokens)
@@ -198,7 +202,7 @@ def update(
         def add(total: Any, part: jax.Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, loss_and_grads(params, part)), None
 
-        # Every part has windows of all devices.
+        # Each part contains windows from every device.
         parts = tokens.reshape(-1, accumulate, tokens.shape[1]).swapaxes(0, 1)
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(add, zero, parts)
@@ -217,7 +221,7 @@ def update(
 
 
 def make_mesh(text: str) -> jax.sharding.Mesh:
-    """The mesh that a text such as data=4,model=2 stands for."""
+    """Makes the mesh that a text such as data=4,model=2 describes."""
     sizes = {"data": 1, "model": 1}
     for part in text.split(","):
         axis, _, number = part.partition("=")
@@ -236,7 +240,7 @@ def make_mesh(text: str) -> jax.sharding.Mesh:
 
 
 def sharding_of(mesh: jax.sharding.Mesh, params: Any) -> Any:
-    """Heads, hidden units and the head's tokens along the axis `model`."""
+    """Shards attention heads, hidden units and the output tokens over the mesh axis `model`."""
 
     def place(path: Any, x: Any) -> NamedSharding:
         name, spec = jax.tree_util.keystr(path, simple=True, separator="/"), PartitionSpec()
@@ -252,7 +256,10 @@ def sharding_of(mesh: jax.sharding.Mesh, params: Any) -> Any:
 
 
 def check_memory(config: Config, size: Size, devices: int) -> None:
-    """Exits if a step would not fit: parameters, gradients and state, and what a batch keeps."""
+    """Exits if a step does not fit in memory.
+
+    Counts parameters, gradients, optimizer state and the activations of a batch.
+    """
     windows = config.batch / config.accumulate
     activations = size.layers * (12 * size.width + 4 * size.hidden + size.heads * size.context)
     activations = activations * (2 if size.dtype == "bfloat16" else 4) + 12 * size.vocabulary
@@ -262,13 +269,13 @@ def check_memory(config: Config, size: Size, devices: int) -> None:
     if needed > there:
         raise SystemExit(
             f"language.py: --preset: expected to fit in {there / 1e9:.1f} GB, found that "
-            f"{config.preset} with {windows:g} windows at once needs about {needed / 1e9:.1f} GB; "
-            "take a smaller one, a smaller --batch, or more --accumulate."
+            f"{config.preset} with {windows:g} windows at once needs about {needed / 1e9:.1f} GB. "
+            "Use a smaller --preset, a smaller --batch, or a larger --accumulate."
         )
 
 
 def available_memory() -> float:
-    """The machine's, in bytes."""
+    """The memory available on this machine, in bytes."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())
     except OSError:
@@ -280,14 +287,14 @@ def available_memory() -> float:
 
 @dataclasses.dataclass
 class Run:
-    """What training is made of, and where it stands.
+    """The current state of a training run.
 
     Attributes:
       params: The parameters.
       state: The optimizer's state.
-      iterator: Of the batches.
-      losses: Of each step, in nats.
-      looks: Mean angle and radius of each leaf's groups, at some steps.
+      iterator: The iterator of the batches.
+      losses: The loss of each step, in nats.
+      looks: Mean angle and radius of each leaf's groups, at the logged steps.
     """
 
     params: Any
@@ -298,7 +305,7 @@ class Run:
 
 
 def described(config: Config) -> dict[str, Any]:
-    """The options that make a run what it is."""
+    """The options that determine the result of a run."""
     options = dataclasses.asdict(config) | {"text": str(config.text)}
     return {name: value for name, value in options.items() if name not in FREE}
 
@@ -312,7 +319,7 @@ def save(manager: ocp.CheckpointManager, config: Config, run: Run) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, config: Config, run: Run) -> None:
-    """Goes on from the last checkpoint, if there is one, of the same configuration."""
+    """Restores the last checkpoint, if there is one; exits if its configuration differs."""
     latest = manager.latest_step()
     if latest is None:
         return
@@ -321,7 +328,7 @@ def restore(manager: ocp.CheckpointManager, config: Config, run: Run) -> None:
         if (saved := rest["config"].get(name)) != value:
             raise SystemExit(
                 f"language.py: --{name.replace('_', '-')}: expected {saved}, as in the checkpoint "
-                f"in {config.out}, found {value}; take another --out, or --no-resume to start over."
+                f"in {config.out}, found {value}. Use another --out, or --no-resume to start over."
             )
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, (run.params, run.state))
     arrays = ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
@@ -340,7 +347,7 @@ def train(
     place: Callable[[np.ndarray], jax.Array],
     manager: ocp.CheckpointManager,
 ) -> None:
-    """Runs the remaining steps; looks at what is on the devices only every few of them."""
+    """Runs the remaining steps; fetches metrics from the devices only every few steps."""
     pending: list[Any] = []
     progress = tqdm.tqdm(total=config.steps, initial=len(run.losses), unit="step")
     while (done := len(run.losses) + len(pending)) < config.steps:
@@ -364,7 +371,7 @@ def train(
 
 
 def evaluate(graph: Any, params: Any, tokens: np.ndarray, size: Size, batch: int) -> float:
-    """The mean loss on all windows of the held-out part, in nats per token."""
+    """The mean loss over all windows of the held-out part, in nats per token."""
     windows = Windows(tokens, size.context)
     loss = jax.jit(functools.partial(mean_loss, graph))
     parts = [range(i, min(i + batch, len(windows))) for i in range(0, len(windows), batch)]
@@ -375,7 +382,7 @@ def evaluate(graph: Any, params: Any, tokens: np.ndarray, size: Size, batch: int
 def sample(
     graph: Any, params: Any, prompt: np.ndarray, length: int, size: Size, temperature: float = 0.8
 ) -> np.ndarray:
-    """The prompt and tokens drawn after it; each sees at most the context's last half."""
+    """The prompt and the tokens sampled after it, each from at most one context of tokens."""
 
     @jax.jit
     def draw(params: Any, context: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
@@ -398,7 +405,7 @@ def decode(tokens: np.ndarray, text: Text, level: str) -> str:
 
 
 def plot(run: Run, layers: int, held_out: float, path: pathlib.Path) -> None:
-    """Lines of angle and radius are means over the leaves of a layer."""
+    """Plots loss, angle and radius; angle and radius are means over the leaves of a layer."""
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     loss, angle, radius = figure.subplots(1, 3)
     loss.plot(np.arange(1, len(run.losses) + 1), run.losses, color="#0072B2", lw=0.8)
@@ -426,7 +433,7 @@ def plot(run: Run, layers: int, held_out: float, path: pathlib.Path) -> None:
         ax.set_ylabel(label)
     angle.set_yscale("log")
     low, high = radius.get_ylim()
-    radius.set_ylim(min(low, 0.95), max(high, 1.05))  # flat is to look flat
+    radius.set_ylim(min(low, 0.95), max(high, 1.05))  # a constant radius should look constant
     for ax in (loss, angle, radius):
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
@@ -436,7 +443,7 @@ def plot(run: Run, layers: int, held_out: float, path: pathlib.Path) -> None:
 
 
 def check(config: Config) -> None:
-    """Exits with a message if an option is not valid."""
+    """Exits with a message if an option is invalid."""
     rate, other = config.learning_rate, config.other_learning_rate
     check_options(
         *(

@@ -1,11 +1,13 @@
-"""The language model of language.py under optimizers whose rates, and decays, are searched.
+"""Compares optimizers on the language model of language.py, with searched rates and decays.
 
-Each optimizer has six settings, six rates or three rates with two decays each, and the same model,
-text, steps, warm-up and cosine. One seed chooses, three others are reported. The table has the
-held-out loss with its 95 % interval, and the difference to AdamW, seed by seed. Runs are kept in
-`runs.jsonl`: stopped and started again, it goes on after the last.
+Each optimizer has six settings: six learning rates, or three rates with two decays each. Model,
+text, steps, warm-up and cosine are the same for all. One seed chooses a setting; three others are
+reported. The table has the held-out loss with its 95 % interval, and the difference to AdamW, seed
+by seed. Runs are stored in `runs.jsonl`: if you stop the program and start it again, it continues
+after the last run.
 
     python examples/ranking.py                               # three hours on two cores
+    python examples/ranking.py --steps 200 --warmup 10       # half of that
     python examples/ranking.py --optimizer muonh muon --seeds 2
     python examples/ranking.py --help
 """
@@ -42,12 +44,12 @@ def decayed(rates: tuple[float, ...], decays: tuple[float, ...]) -> list[tuple[f
     return list(itertools.product(rates, decays))
 
 
-# Rates and decays.
+# Learning rates and decays.
 SETTINGS: dict[Name, list[tuple[float, float]]] = {
     "adamw": decayed((2.5e-3, 5e-3, 1e-2), (0.1, 1.0)),
     "muon": decayed((0.01, 0.02, 0.04), (0.1, 1.0)),
     "adamsrt": doubled(1.25e-3),
-    # By its learning rate, at a decay of 0.1: the angle is what they set together.
+    # Learning rates at a decay of 0.1; rate and decay set the angle together.
     "rotational_adamw": [(rate, 0.1) for rate, _ in doubled(2.5e-3)],
     "adamh": doubled(5e-3),
     "muonh": doubled(5e-3),
@@ -60,17 +62,17 @@ class Config:
     """Compares optimizers on the model of language.py, each with its best setting."""
 
     optimizer: tuple[Name, ...] = tuple(SETTINGS)
-    """Of the blocks' matrices."""
+    """Optimizers of the blocks' matrices."""
     preset: str = "small"
     """The model, as in language.py."""
     steps: int = 400
     """Training steps of a run."""
     batch: int = 16
-    """Windows of text in a step."""
+    """Windows of text per step."""
     warmup: int = 20
     """Steps in which the learning rate rises, before it falls along a cosine."""
     other_learning_rate: float = 5e-3
-    """Of embedding, head and gains."""
+    """Learning rate of embedding, head and gains."""
     seeds: int = 3
     """Runs that are reported, with the seeds 0, 1, ..."""
     text: pathlib.Path | None = None
@@ -80,7 +82,7 @@ class Config:
 
 
 def measure(config: Config, name: Name, runs: Runs, text: Any, progress: tqdm.tqdm) -> Any:
-    """The best setting by one seed, and its losses with the others."""
+    """The best setting for one seed, and its losses for the others."""
     layers, width, heads, hidden, context = PRESETS[config.preset]
     size = Size(layers, width, heads, hidden, context, 256, name == "ngpt")
     made = RunConfig(
@@ -123,7 +125,7 @@ def print_table(found: dict[str, Any]) -> None:
         rows.append([*row, less, f"{losses[0]:.4f}"])
     print()
     print_rows(*rows)
-    print("Mean over the seeds (95 % interval, Student's t); the rate of one other seed.")
+    print("Mean over the seeds (95 % interval, Student's t). Another seed chose rate and decay.")
 
 
 def main(config: Config) -> None:

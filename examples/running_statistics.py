@@ -1,12 +1,16 @@
-"""What a constant angle does to BatchNorm's running statistics, and what helps.
+"""Measures what a constant angle per step does to BatchNorm's running statistics, and what helps.
 
-In evaluation mode BatchNorm uses running means of its statistics. They lag behind the weights, and
-where these rotate as fast at the end as at the beginning, accuracy suffers. The network of
-digits.py is trained for 150 steps, with a momentum of 0.99 for its statistics (Flax's default),
-by AdamW and by AdamH, at a constant rate and with a cosine to 0. The table has the test accuracy
-in evaluation mode; with the statistics of the test batch; in evaluation mode after the statistics
-were taken anew from the training images; and the last again with weights averaged over the last
-third of the steps.
+In evaluation mode BatchNorm uses running means of its statistics. They lag behind the weights. If
+the weights rotate as fast at the end of training as at the beginning, test accuracy suffers. The
+program trains the network of digits.py for 150 steps by AdamW and by AdamH, at a constant learning
+rate and with a cosine decay to 0. The momentum of the running statistics is 0.99, Flax's default.
+
+The columns of the table are test accuracies:
+- "evaluation mode": with the running statistics;
+- "batch statistics": with the statistics of the test batch;
+- "taken anew": with statistics recomputed from the training images;
+- "anew, weights averaged": with recomputed statistics, and weights averaged over the last third of
+  the steps.
 
     python examples/running_statistics.py                 # 3 minutes on two cores
     python examples/running_statistics.py --steps 600 --seeds 5
@@ -40,20 +44,23 @@ RATES = {"adamw": (1e-3, 1e-2), "adamh": (0.01, 0.03, 0.1)}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Test accuracy with running statistics that lag, or do not."""
+    """Compares test accuracy with running and with recomputed statistics."""
 
     steps: int = 150
-    """Training steps, of 128 images."""
+    """Training steps, each on 128 images."""
     momentum: float = 0.99
-    """Of the running statistics."""
+    """Momentum of the running statistics."""
     seeds: int = 10
-    """Runs of each row, with the seeds 0, 1, ..."""
+    """Runs per row of the table, with the seeds 0, 1, ..."""
     out: pathlib.Path = pathlib.Path("out/running_statistics")
     """Directory for results.json."""
 
 
 def make_optimizer(name: str, rate: float, steps: int, falls: bool) -> Any:
-    """Of the filters; all else has Adam with a cosine to 0, in every row."""
+    """The named optimizer for the filters, and Adam for all other parameters.
+
+    Adam's learning rate always decays to 0 along a cosine.
+    """
     schedule = optax.cosine_decay_schedule(rate, steps) if falls else rate
     if name == "adamw":
         filters: Any = optax.adamw(schedule, weight_decay=0.1)
@@ -72,11 +79,11 @@ def make_network(seed: int, momentum: float) -> Network:
 def measure(
     name: str, rate: float, falls: bool, config: Config, data: tuple[Dataset, Dataset]
 ) -> list[list[float]]:
-    """The accuracies of each seed, by column."""
+    """The accuracies in %: a row for each seed, with one number per column of the table."""
     (images, labels), test = data
     tx = make_optimizer(name, rate, config.steps, falls)
     graph = nnx.graphdef(make_network(0, config.momentum))
-    instant = nnx.graphdef(make_network(0, 0.0))  # statistics of the last batch alone
+    instant = nnx.graphdef(make_network(0, 0.0))  # its statistics are those of the last batch
     step = jax.jit(functools.partial(train_step, graph, tx))
 
     @functools.partial(jax.jit, static_argnames="train")
@@ -85,7 +92,7 @@ def measure(
 
     @jax.jit
     def taken_anew(params: Any, stats: Any) -> Any:
-        """Those of the training images: a pass in training mode that forgets what was before."""
+        """The statistics of the training images: a pass in training mode with momentum 0."""
         return forward(instant, params, stats, images, labels, train=True)[1][0]
 
     rows = []
@@ -114,7 +121,7 @@ def measure(
 
 
 def interval(values: np.ndarray) -> str:
-    """The mean, and half of Student's 95 % interval."""
+    """The mean, and half the width of its 95 % interval (Student's t)."""
     if len(values) < 2:
         return f"{values.mean():.1f}"
     return f"{values.mean():.1f} ± {half_interval(values):.1f}"

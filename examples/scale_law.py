@@ -1,17 +1,20 @@
-"""How does the learning rate that an optimizer needs depend on the length of the weights?
+"""Measures how the learning rate that an optimizer needs depends on the weight norm.
 
-A normalized layer does not see the length of its weights, the optimizer does: at r times the
-length, the gradient is r times smaller, and so is the angle of a step of a given length. To turn
-by the same angles SGD needs r^2 times the learning rate, an optimizer with a second moment r
-times, and one whose step is relative to the radius the same.
+The output of a normalized layer does not depend on the norm of its weights, but training does. If
+the weight norm is multiplied by r, the gradient is divided by r, and a step of given length rotates
+the weights by an r times smaller angle. To rotate them by the same angle, SGD needs r^2 times the
+learning rate. An optimizer that divides by a second moment needs r times the learning rate. An
+optimizer whose step is relative to the radius needs the same learning rate.
 
-A perceptron with BatchNorm is trained on the digits with the initial weights of its normalized
-layers multiplied by 2^-2 to 2^6, without decay, each time at nine learning rates, 4 times as
-large each, and at more where the range of good ones reaches their end. All other parameters
-follow the same Adam. The learning rate that is needed is the lower edge of those whose held-out
-loss is within 10 % of the best, and its power of the scale is fitted over the scales. Ten seeds
-are trained at once. Runs are kept in `runs.jsonl`: stopped and started again, it goes on after
-the last. It prints a table and writes `results.json` and `curves.png`.
+The program trains a perceptron with BatchNorm on the digits, without weight decay. The initial
+weights of its normalized layers are multiplied by 2^-2 to 2^6. At each scale it tries nine learning
+rates, each 4 times the one before, and more if the best rates are at the end of this range. All
+other parameters are trained by the same Adam. The needed learning rate is the smallest one whose
+held-out loss is within 10 % of the best. The program fits the power of the scale with which it
+grows. All seeds are trained in parallel.
+
+Finished runs are kept in `runs.jsonl`: a program that was stopped resumes after the last one. It
+prints a table and writes `results.json` and `curves.png`.
 
     python examples/scale_law.py                              # a quarter of an hour
     python examples/scale_law.py --optimizer sgd adamsrt --seeds 5
@@ -54,10 +57,10 @@ THEORY: dict[Name, int] = {
     "hyperball": 0,
     "rotational": 0,
 }
-SCALES = tuple(range(-2, 7))  # powers of 2
-STEP = 2  # powers of 2 from one learning rate to the next
+SCALES = tuple(range(-2, 7))  # as exponents of 2
+STEP = 2  # from one learning rate to the next, as an exponent of 2
 RATES = 9
-# The middle of the nine, a power of 2; at every scale the same.
+# The middle of the nine learning rates, as an exponent of 2. It is the same for all scales.
 MIDDLE: dict[Name, int] = {"sgd": 0, "sgdmrt": 0} | dict.fromkeys(
     ("adam", "adams", "adamsrt", "hyperball", "rotational"), -6
 )
@@ -65,7 +68,7 @@ TOLERANCE = 0.1
 BATCH_SIZE = 64
 GROUPS = so.groups_by_path({r"hidden\d/kernel": so.per_filter()})
 
-Losses: TypeAlias = dict[int, np.ndarray]  # by the learning rate's power of 2, of each seed
+Losses: TypeAlias = dict[int, np.ndarray]  # exponent of the learning rate to the loss per seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +76,11 @@ class Config:
     """Fits the power of the initial scale with which the needed learning rate grows."""
 
     optimizer: tuple[Name, ...] = tuple(THEORY)
-    """Of the normalized layers."""
+    """Optimizers of the normalized layers."""
     epochs: int = 20
     """Passes over the 1347 digits."""
     seeds: int = 10
-    """Runs of each setting, with the seeds 0, 1, ..."""
+    """Runs per setting, with the seeds 0, 1, ..."""
     out: pathlib.Path = pathlib.Path("out/scale_law")
     """Directory for runs.jsonl, results.json and curves.png."""
 
@@ -102,7 +105,10 @@ def is_hidden(tree: Any) -> Any:
 
 
 def make_optimizer(name: Name, rate: Any, steps: int) -> optax.GradientTransformation:
-    """For the hidden layers; all else follows Adam. Learning rates fall along a cosine."""
+    """The named optimizer for the hidden layers, and Adam for all other parameters.
+
+    Learning rates decay along a cosine.
+    """
     schedule = optax.cosine_decay_schedule(rate, steps)
     adam = optax.scale_by_adam()
     hidden = {
@@ -118,7 +124,7 @@ def make_optimizer(name: Name, rate: Any, steps: int) -> optax.GradientTransform
 
 
 def make_starts(config: Config, images: int) -> Any:
-    """Of each seed weights, statistics and batches (steps, BATCH_SIZE), stacked."""
+    """Weights, statistics and batches (steps, BATCH_SIZE), stacked over the seeds."""
 
     def start(seed: int) -> Any:
         _, params, stats = nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
@@ -133,7 +139,10 @@ def make_starts(config: Config, images: int) -> Any:
 def make_run(
     name: Name, data: tuple[Dataset, Dataset], starts: Any
 ) -> Callable[[int, int], list[float]]:
-    """Training at a scale and a learning rate, of all seeds at once; compiled once."""
+    """Returns a function of scale and learning rate that trains all seeds at once.
+
+    It compiles only once. It returns the held-out loss of each seed.
+    """
     (images, digits), test_set = (
         (jnp.asarray(x.reshape(len(x), -1)), jnp.asarray(y)) for x, y in data
     )
@@ -161,15 +170,16 @@ def make_run(
 
 
 def lower_edge(losses: dict[int, float]) -> float:
-    """Where the loss first is within TOLERANCE of the best, as a power of 2.
+    """The smallest learning rate whose loss is within TOLERANCE of the best.
 
-    Between two learning rates it is found on the straight line of the logarithms.
+    Between two learning rates, the logarithm of the loss is interpolated linearly.
 
     Args:
-      losses: Mean loss by the learning rate's power of 2.
+      losses: Mean loss by learning rate, as an exponent of 2.
 
     Returns:
-      The power of 2; that of the least learning rate if its loss is within the tolerance.
+      The learning rate as an exponent of 2. If the loss at the smallest learning rate is within
+      the tolerance, that one.
     """
     powers = sorted(losses)
     limit = math.log((1 + TOLERANCE) * min(losses.values()))
@@ -182,7 +192,10 @@ def lower_edge(losses: dict[int, float]) -> float:
 
 
 def search(losses: Callable[[int], np.ndarray], middle: int) -> Losses:
-    """Nine learning rates around the middle, and more until edge and best are not at the end."""
+    """Tries nine learning rates around the middle, then extends the range where necessary.
+
+    It extends until neither the lower edge nor the best learning rate is at an end of the range.
+    """
     half = RATES // 2 * STEP
     found = {power: losses(power) for power in range(middle - half, middle + half + 1, STEP)}
     while True:
@@ -205,7 +218,7 @@ def search(losses: Callable[[int], np.ndarray], middle: int) -> Losses:
 def measure(
     name: Name, run: Callable[[int, int], list[float]], runs: Runs, progress: tqdm.tqdm
 ) -> dict[int, Losses]:
-    """By the scale's power of 2, the losses at the learning rates that were tried."""
+    """The losses at all learning rates tried, by scale as an exponent of 2."""
 
     def losses(scale: int, power: int) -> np.ndarray:
         progress.set_description(f"{name}, scale 2^{scale}, 2^{power}")
@@ -216,13 +229,14 @@ def measure(
 
 
 def fit(curves: dict[int, Losses]) -> dict[str, Any]:
-    """The power of the scale, its 95 % interval by a bootstrap over seeds, and the edges.
+    """Fits the power of the scale, with a 95 % interval by a bootstrap over the seeds.
 
     Args:
-      curves: By the scale's power of 2, the losses.
+      curves: Losses by scale, as an exponent of 2.
 
     Returns:
-      `power`, `low`, `high`, and `edges`, the powers of 2 of the lower edges by scale.
+      `power`, its interval `low` and `high`, and `edges`: the needed learning rate of each scale,
+      as an exponent of 2.
     """
     scales = np.array(list(curves))
 

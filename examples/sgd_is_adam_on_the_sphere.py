@@ -1,14 +1,18 @@
 """Shows on a network with BatchNorm that SGD with L2 is an Adam on the sphere.
 
-SGD with L2 and AdamG* start from the same weights and see the same batch, at several
-learning rates, for the same time (steps times learning rate). The program prints how far
-the filters turned, how far the two runs' filters are apart, and the power of the learning
-rate with which that vanishes; it writes `results.json` and `curves.png`.
+SGD with L2 and AdamG* (an Adam on the sphere) start from the same weights and see the same batch.
+They run at several learning rates for the same time, which is steps times learning rate. The
+program prints the angle by which the filters rotated, the angle between the filters of the two
+runs, and the power of the learning rate with which the latter vanishes. It writes `results.json`
+and `curves.png`.
 
-Three controls say what that is worth: SGD from weights multiplied by 1 + 1e-6, which is how
-much training amplifies a small difference; SGD whose filters are put back to their initial
-radius after each step; and Adam. The agreement is one of small steps, and ends where training
-turns filters far in a step and amplifies differences: `--time 20` is long enough to see it.
+Three controls show how meaningful the agreement is:
+- SGD from weights multiplied by 1 + 1e-6, which shows how much training amplifies differences;
+- SGD whose filters are returned to their initial radius after each step;
+- Adam.
+
+The two runs agree for small steps only. They separate when single steps rotate filters far and
+training amplifies differences. `--time 20` is long enough to see this.
 
     python examples/sgd_is_adam_on_the_sphere.py
     python examples/sgd_is_adam_on_the_sphere.py --epsilon 1e-5    # Flax's default
@@ -48,30 +52,33 @@ COLORS = {
     "adam": "#009E73",
 }
 NUDGE = 1e-6
-# Adam's learning rate over that of SGD, with which its filters turn about as far.
+# Ratio of Adam's learning rate to SGD's. With it, filters rotate about as far as with SGD.
 ADAM_RATIO = 1 / 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Angles between the filters of SGD with L2 and of AdamG*, on digits."""
+    """Measures angles between the filters of SGD with L2 and of AdamG*, on digits."""
 
     learning_rate: tuple[float, ...] = (0.2, 0.1, 0.05, 0.025)
     """Learning rates of SGD, at least two."""
     weight_decay: float = 0.05
-    """L2 factor."""
+    """Weight decay of SGD, as coupled L2."""
     time: float = 5.0
-    """Steps times learning rate, for every learning rate."""
+    """Steps times learning rate, the same for every learning rate."""
     images: int = 128
-    """Size of the batch, the same at every step."""
+    """Size of the batch, which is the same at every step."""
     epsilon: float = 1e-12
-    """BatchNorm adds it to the variance; the loss is invariant only where it is negligible."""
+    """Epsilon that BatchNorm adds to the variance. The loss is invariant only if it is tiny."""
     out: pathlib.Path = pathlib.Path("out/sgd_is_adam")
     """Directory for results.json and curves.png."""
 
 
 def make_optimizers(rate: float, decay: float) -> dict[str, optax.GradientTransformation]:
-    """SGD with L2 first. It trains leaves without a group everywhere but under Adam."""
+    """SGD with L2, AdamG* and the controls.
+
+    SGD with L2 also trains the parameters without a group, except under "adam".
+    """
     sgd = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
     return {
         "sgd": sgd,
@@ -83,7 +90,7 @@ def make_optimizers(rate: float, decay: float) -> dict[str, optax.GradientTransf
 
 
 def make_problem(config: Config) -> tuple[Any, Callable[[Any], Any]]:
-    """The initial parameters, and the gradient of the loss on the batch."""
+    """The initial parameters, and a function for the gradient of the loss on the batch."""
     (images, labels), _ = load()
     x, y = jnp.asarray(images[: config.images], float), jnp.asarray(labels[: config.images])
     model = Network(nnx.Rngs(0))
@@ -100,7 +107,7 @@ def trajectory(
     gradient: Callable[[Any], Any],
     progress: tqdm.tqdm,
 ) -> Path:
-    """The kernels before, between and after the steps."""
+    """The kernels before the first step and after each step."""
 
     @jax.jit
     def step(grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
@@ -117,7 +124,7 @@ def trajectory(
 
 def angles(a: Path, b: Path) -> np.ndarray:
     """The angles between the filters of two paths, of shape (steps + 1, filters)."""
-    filters = so.RadialGroup((0, -1))  # the steps are one more index axis
+    filters = so.RadialGroup((0, -1))  # the axis of steps is a second index axis
     each = [
         so.geometry.angle(jnp.asarray(x), jnp.broadcast_to(y, x.shape), filters)
         for x, y in zip(a, b, strict=True)
@@ -128,7 +135,7 @@ def angles(a: Path, b: Path) -> np.ndarray:
 def compare(
     rate: float, config: Config, params: Any, gradient: Callable[[Any], Any], progress: tqdm.tqdm
 ) -> dict[str, Any]:
-    """One learning rate: angles from the start and from SGD, after each step."""
+    """Runs all optimizers at one learning rate; angles from the start and to SGD by step."""
     steps = round(config.time / rate)
     paths = {}
     for name, tx in make_optimizers(rate, config.weight_decay).items():
@@ -151,7 +158,7 @@ def compare(
 
 
 def fitted_powers(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """The power of the learning rate with which the angle at the end grows."""
+    """The power of the learning rate with which the final angle to SGD grows."""
     rates = np.log([run["learning_rate"] for run in runs])
     return {
         name: float(np.polyfit(rates, np.log([run["apart"][name][-1] for run in runs]), 1)[0])
@@ -174,7 +181,7 @@ def print_table(runs: list[dict[str, Any]], powers: dict[str, float]) -> None:
 
 
 def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Path) -> None:
-    """Left the whole way, right its end."""
+    """Plots the angle to SGD during training (left) and at the end (right)."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for run, alpha in zip(runs, np.linspace(1, 0.35, len(runs)), strict=True):
@@ -196,7 +203,7 @@ def plot(runs: list[dict[str, Any]], powers: dict[str, float], path: pathlib.Pat
     right.set_title("at the end", fontsize=10)
     left.set_title("on the way", fontsize=10)
     left.set_yscale("log")
-    left.set_ylim(bottom=1e-12)  # the first step is the same but for rounding
+    left.set_ylim(bottom=1e-12)  # the first steps differ by rounding only
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.legend(fontsize=9, loc="lower right")

@@ -1,10 +1,11 @@
 """Does the best learning rate of a narrow transformer fit a wide one?
 
-Trains transformers of several widths on a text, with and without warm-up, at learning rates twice
-as large each, until the best lies between two others; the rate of embedding, head and gains stays
-fixed. It prints the best rates, by how much they drift over the widths, and what the best rate of
-the narrowest costs the widest, and writes `results.json` and `curves.png`. Runs are kept in
-`runs.jsonl`: stopped and started again, it goes on after the last.
+Trains transformers of several widths on a text, with and without warm-up. The learning rate is
+doubled or halved until the best rate lies between two others. The rate of embedding, head and gains
+is fixed. The program prints the best rates, their drift over the widths, and the loss that the
+widest model has at the best rate of the narrowest. It writes `results.json` and `curves.png`. Runs
+are stored in `runs.jsonl`: if you stop the program and start it again, it continues after the last
+run.
 
     python examples/transfer.py                               # an hour on two cores
     python examples/transfer.py --width 32 64 --seeds 1
@@ -35,7 +36,7 @@ from helpers.transformer import Size, initialise
 from language import Name, make_optimizer, make_schedule, mean_loss, update
 from matplotlib.figure import Figure
 
-# Where the search starts: a power of 2 each.
+# Where the search of the learning rate starts, as a power of 2.
 START: dict[Name, int] = {
     "adamw": -8,
     "adamh": -6,

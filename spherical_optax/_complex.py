@@ -1,4 +1,4 @@
-"""Complex leaves, as pairs of real ones: what `optax.contrib.split_real_and_imaginary` makes."""
+"""Complex leaves as pairs of real ones, as in `optax.contrib.split_real_and_imaginary`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,17 +18,17 @@ class Pair(NamedTuple):
 
 
 def is_complex(tree: Any) -> bool:
-    """Whether there is a complex leaf."""
+    """Whether a tree has a complex leaf."""
     return any(map(_is_complex, jax.tree.leaves(tree)))
 
 
 def split(tree: Any) -> Any:
-    """The tree with complex leaves as pairs of real ones."""
+    """The tree with each complex leaf as a pair of real ones."""
     return jax.tree.map(lambda leaf: Pair(*_parts(leaf)) if _is_complex(leaf) else leaf, tree)
 
 
 def merged(tree: Any) -> Any:
-    """The tree with pairs of real leaves as complex ones."""
+    """The tree with each pair of real leaves as a complex one."""
     return jax.tree.map(
         lambda node: node.real + 1j * node.imaginary if _is_pair(node) else node,
         tree,
@@ -37,12 +37,15 @@ def merged(tree: Any) -> Any:
 
 
 def of_pairs(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of parameters, as one of pairs."""
+    """A function of complex parameters, as a function of parameters with pairs."""
     return lambda params, *args: fn(merged(params), *args)
 
 
 def groups_of_pairs(groups: Any) -> Any:
-    """From groups of a split tree to those of the complex leaves: of the real parts."""
+    """Turns groups of a split tree into groups of the complex leaves: those of the real parts.
+
+    A complex leaf has a group only if both its parts have one.
+    """
 
     def of(node: Any) -> Any:
         if not _is_pair(node) or node.real is None or node.imaginary is None:

@@ -10,24 +10,25 @@ from spherical_optax import _trees
 from spherical_optax.groups import Groups, joints_of
 
 Mask: TypeAlias = Any
-"""A tree of booleans, or a prefix of one; a function of the parameters that returns one, reading
-paths and shapes only; or `None` for all leaves."""
+"""A tree of booleans, or a prefix of one; a function of the parameters that returns one and reads
+only paths and shapes; or `None` for all leaves."""
 
 
 def in_mask(who: str, mask: Mask, tree: Any) -> list[bool]:
-    """Whether each leaf, as `_trees.flatten` counts, is in the mask; raises if it does not fit."""
+    """Whether each leaf of `_trees.flatten` is in the mask; raises if the mask does not fit."""
     leaves = _trees.leaves_with_paths(tree)
-    if mask is None or not leaves:  # optax.tree_map_params calls init with a leafless placeholder
+    if mask is None or not leaves:  # optax.tree_map_params calls init with an empty placeholder
         return [True for leaf in leaves if not leaf.hidden]
     nodes = jax.tree.leaves(mask)
-    if nodes and all(callable(node) for node in nodes):  # a module may be callable: its leaves not
+    if nodes and all(callable(node) for node in nodes):  # a module may be callable, its leaves not
         mask = mask(tree)
     entries = {leaf.keys: leaf.value for leaf in _trees.leaves_with_paths(mask)}
     if isinstance(entries.get(()), bool | np.bool_) and leaves[0].keys:
         raise ValueError(
             f"{who}: expected mask to be a tree of booleans or a function, found {entries[()]} for "
-            "all parameters. For all of them leave mask out, for none set weight_decay=0; under "
-            "optax.inject_hyperparams name mask in static_args, or it is called with a step."
+            "all parameters. To decay all of them, omit mask. To decay none, set weight_decay=0. "
+            "Under optax.inject_hyperparams, name mask in static_args. Otherwise it is called with "
+            "a step count."
         )
     flags = []
     expected = f"{who}: expected mask to be a pytree prefix of the parameters"
@@ -43,7 +44,7 @@ def in_mask(who: str, mask: Mask, tree: Any) -> list[bool]:
 
 
 def checked(who: str, mask: Mask) -> Callable[[Any], Any]:
-    """The mask for `optax.masked`, after checking that it fits."""
+    """The mask for `optax.masked`, which is checked to fit the parameters."""
     return lambda tree: _tree_of(in_mask(who, mask, tree), tree)
 
 

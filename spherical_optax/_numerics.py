@@ -1,4 +1,4 @@
-"""Arithmetic that stays accurate: wide sums, roots and quotients at 0, Adam's bias correction."""
+"""Accurate arithmetic: wide sums, roots and quotients at 0, Adam's bias correction."""
 
 import math
 from typing import Any
@@ -11,12 +11,12 @@ from spherical_optax.sharding import index_sharding, laid_out
 
 
 def accumulator(dtype: Any) -> Any:
-    """The dtype in which sums over a group of this dtype accumulate."""
+    """The dtype in which to accumulate sums over a group of this dtype."""
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """The array in the dtype its group's sums accumulate in, float32 at least."""
+    """The array in the dtype in which its sums accumulate, at least float32."""
     return x.astype(accumulator(x.dtype))
 
 
@@ -32,7 +32,7 @@ def sum_groups(products: jax.Array, group: RadialGroup) -> jax.Array:
 
 
 def safe_divide(a: jax.typing.ArrayLike, b: jax.Array) -> jax.Array:
-    """Divides a by b, with 0 where b is 0, with finite gradients there."""
+    """The quotient a / b. Where b is 0, the value is 0 and the gradients are finite."""
     zero = b == 0
     return jnp.where(zero, 0, a / jnp.where(zero, 1, b))
 

@@ -12,10 +12,10 @@ class Leaf(NamedTuple):
     """A leaf of a parameter tree.
 
     Attributes:
-      keys: The keys on the way to the leaf, as strings.
-      value: The array (or whatever stands for it), `None`, or a
+      keys: The keys on the path to the leaf, as strings.
+      value: The array (or an abstract array), `None`, or an
         `optax.MaskedNode` where `optax.masked` hides a subtree.
-      box: The type of the box that held it; that of `None` if none did.
+      box: The type of the metadata box that held the value; `NoneType` without a box.
     """
 
     keys: tuple[str, ...]
@@ -24,7 +24,7 @@ class Leaf(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The keys joined by slashes, as in `conv1/kernel`."""
+        """The keys joined by slashes, such as `conv1/kernel`."""
         return "/".join(self.keys)
 
     @property
@@ -34,12 +34,12 @@ class Leaf(NamedTuple):
 
     @property
     def absent(self) -> bool:
-        """Whether there is no array: `None`, or hidden."""
+        """Whether there is no array: the value is `None` or hidden."""
         return self.value is None or self.hidden
 
     @property
     def is_state(self) -> bool:
-        """Whether it is an NNX variable for statistics or random numbers, no parameter."""
+        """Whether it is an NNX variable for statistics or random numbers, not a parameter."""
         return any(base.__name__ in ("BatchStat", "RngState") for base in self.box.__mro__)
 
 
@@ -50,15 +50,15 @@ def is_box(node: Any) -> bool:
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Flattens with `None` as a leaf, looking into boxes.
+    """Flattens a tree with `None` as a leaf, and looks inside boxes.
 
-    The leaves align with those of `leaves_with_paths` that are not hidden.
+    The leaves are those of `leaves_with_paths` that are not hidden, in the same order.
     """
     return jax.tree.flatten(tree, is_leaf=lambda node: node is None)
 
 
 def flatten_boxes(tree: Any) -> tuple[list[Any], Any]:
-    """As `flatten`, with boxes of an array as leaves."""
+    """Like `flatten`, but a box that holds an array is a leaf."""
     return jax.tree.flatten(
         tree, is_leaf=lambda node: node is None or (is_box(node) and bool(flatten(node)[0]))
     )
@@ -70,7 +70,7 @@ def key_name(key: Any) -> str:
 
 
 def leaves_with_paths(tree: Any) -> list[Leaf]:
-    """All leaves of a tree in order, boxes counted and shown as their arrays."""
+    """All leaves of a tree in order. A box counts as one leaf and is shown as its array."""
     found = jax.tree_util.tree_leaves_with_path(
         tree,
         is_leaf=lambda node: node is None or is_box(node) or isinstance(node, optax.MaskedNode),
@@ -84,7 +84,7 @@ def leaves_with_paths(tree: Any) -> list[Leaf]:
 
 
 def _unboxed(box: Any) -> Any:
-    """The array in a box; a box that `optax.masked` emptied holds none."""
+    """The array in a box, or an `optax.MaskedNode` if `optax.masked` emptied the box."""
     held = flatten(box)[0]
     return held[0] if held else optax.MaskedNode()
 
@@ -97,11 +97,11 @@ def visible_leaves(tree: Any) -> list[Leaf]:
 def by_prefix(
     entries: Mapping[tuple[str, ...], Any], leaves: list[Leaf], expected: str, remedy: str
 ) -> Iterator[tuple[Leaf, Any]]:
-    """Each leaf with the entry that stands for it: that of the leaf itself, or of a node above.
+    """Each leaf with its entry in a prefix: that of the leaf itself, or of a node above it.
 
-    A leaf that is absent has `None` where no entry stands for it. It raises if another leaf has
-    none, and after the last leaf if an entry has no leaf: errors begin with what is expected of
-    the prefix, and end with the remedy.
+    An absent leaf without an entry gets `None`. Raises a `ValueError` if any other leaf has no
+    entry, or if an entry has no leaf. The message begins with `expected`. For a leaf without an
+    entry it ends with `remedy`.
     """
     used = set()
     for leaf in leaves:
@@ -109,7 +109,7 @@ def by_prefix(
         keys = next((keys for keys in above if keys in entries), None)
         if keys is not None:
             used.add(keys)
-        elif leaf.absent:  # the prefix may reach below what is absent here
+        elif leaf.absent:  # the prefix may reach below an absent leaf
             used |= {keys for keys in entries if keys[: len(leaf.keys)] == leaf.keys}
         else:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What differs between a checkpoint and the optimizer that is to go on from it."""
+"""Differences between a stored optimizer state and the state that an optimizer expects."""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ __all__ = ["state_differences"]
 
 
 def state_differences(expected: Any, stored: Any) -> list[str]:
-    """Says which arrays of a state are stored otherwise than an optimizer expects them.
+    """Lists the arrays in which a stored state differs from the state that an optimizer expects.
 
-    State belongs to the `groups` that it was made with. With others, arrays have other shapes,
-    or are not there: restore only where nothing differs. Groups that give the same shapes are
-    not told apart.
+    A state belongs to the `groups` that it was made with. With other groups, arrays have other
+    shapes or are missing. Restore a checkpoint only if the list is empty. Two choices of groups
+    that give the same shapes are not distinguished.
 
     Args:
-      expected: The state that the optimizer expects: a pytree of arrays, or of what
-        `jax.eval_shape(tx.init, params)` returns.
-      stored: What is stored: a pytree of arrays, or of Orbax's metadata, whose leaves have a
-        shape and a dtype. Tuples may have become lists and dictionaries, as in files.
+      expected: The state that the optimizer expects: a pytree of arrays, or the result of
+        `jax.eval_shape(tx.init, params)`.
+      stored: The stored state: a pytree of arrays, or Orbax's metadata, whose leaves have a shape
+        and a dtype. Tuples may have become lists or dictionaries, as in files.
 
     Returns:
-      A line for each array that differs in shape or dtype or is on one side only, with its path,
-      what was expected and what was found; none if all agree.
+      One line for each array that differs in shape or dtype, or that only one side has. The line
+      has its path and both shapes and dtypes. The list is empty if all arrays agree.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -43,7 +43,7 @@ def state_differences(expected: Any, stored: Any) -> list[str]:
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """Shape and dtype by path, which is the same for tuples, lists and dictionaries."""
+    """Shape and dtype by path. Tuples, lists and dictionaries give the same paths."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (
             f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

@@ -1,15 +1,18 @@
-"""The sphere's geometry, group by group: pure functions on arrays.
+"""The geometry of spheres, group by group: pure functions on arrays.
 
-It is the accurate form: differences are taken before norms. The transforms work with sums of
-products instead, which is one pass over memory, and a threshold for what is lost in them.
+These functions take differences before norms, which is accurate. The transforms use sums of
+products instead. This needs one pass over memory, and a threshold below which a result counts as
+rounding.
 
-Write r = |x| and u = x / r for one group. Every function takes arrays and a `RadialGroup`; for a
-joint group it takes a pytree of arrays and a pytree of `RadialGroup` of the same structure, and
-adds the arrays' dot products before it divides by anything. Per-group results have the shape
-`group.shape(x.shape)`. Sums accumulate in float32 at least. Groups of norm zero have no direction:
-what is undefined there is left as it was, and gradients stay finite. In float32, as with float32
-and bfloat16 arrays, sums above 3e38 overflow (lengths above 1.8e19), and sums and ratios below
-1e-38 are lost (a group shorter than about 1e-19 has norm zero).
+The length of a group is r = |x|, its direction u = x / r. Every function takes arrays and a
+`RadialGroup`. For a joint group it takes a pytree of arrays and a pytree of `RadialGroup` with the
+same structure, and adds the dot products of all arrays before any division. Per-group results have
+the shape `group.shape(x.shape)`.
+
+Sums accumulate in float32 or wider. In float32, which float32 and bfloat16 arrays use, sums above
+3e38 overflow (lengths above 1.8e19). Sums and ratios below 1e-38 are lost, so a group shorter than
+about 1e-19 has norm zero. A group of norm zero has no direction. Each function says what it returns
+for such a group; gradients stay finite.
 """
 
 import functools
@@ -26,7 +29,7 @@ from spherical_optax.sharding import index_sharding, laid_out
 __all__ = ["angle", "center", "inner", "norm", "project", "retract", "scale", "spread", "transport"]
 
 Arrays = TypeVar("Arrays")
-"""An array, or for joint groups a pytree of arrays."""
+"""An array, or a pytree of arrays for joint groups."""
 
 Retraction: TypeAlias = Literal["normalize", "geodesic"]
 
@@ -47,7 +50,7 @@ def inner(x: Arrays, y: Arrays, group: Any) -> jax.Array:
     Args:
       x: An array, or a pytree of arrays for joint groups.
       y: Arrays of the same shapes.
-      group: A `RadialGroup`, or a pytree of them.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Shape `group.shape(x.shape)`, float32 or, for float64 arrays, float64.
@@ -69,16 +72,16 @@ def inner(x: Arrays, y: Arrays, group: Any) -> jax.Array:
 
 
 def spread(values: jax.typing.ArrayLike, x: jax.Array, group: RadialGroup) -> jax.Array:
-    """Lays per-group values out so that they broadcast against one array.
+    """Reshapes per-group values so that they broadcast against one array.
 
     Args:
-      values: One value per group, shape `group.shape(x.shape)` (or, from a joint
-        group's other leaf, as many values in another shape).
+      values: One value per group, of shape `group.shape(x.shape)`. Values from another leaf of a
+        joint group may have another shape, with the same number of values.
       x: The array to broadcast against.
       group: Its `RadialGroup`.
 
     Returns:
-      An array of x's rank.
+      An array with as many axes as x.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -98,12 +101,12 @@ def spread(values: jax.typing.ArrayLike, x: jax.Array, group: RadialGroup) -> ja
 
 
 def scale(values: jax.Array, x: Arrays, group: Any) -> Arrays:
-    """Multiplies each group by its value, in the accumulator's precision.
+    """Multiplies each group by its factor, in float32 or wider.
 
     Args:
       values: One factor per group.
-      x: An array, or a pytree of them for joint groups.
-      group: A `RadialGroup`, or a pytree of them.
+      x: An array, or a pytree of arrays for joint groups.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Arrays like x, of x's dtype.
@@ -121,8 +124,8 @@ def norm(x: Arrays, group: Any) -> jax.Array:
     """The length of each group, r = |x|.
 
     Args:
-      x: An array, or a pytree of them for joint groups.
-      group: A `RadialGroup`, or a pytree of them.
+      x: An array, or a pytree of arrays for joint groups.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Shape `group.shape(x.shape)`, float32 or, for float64 arrays, float64. Its
@@ -149,9 +152,9 @@ def project(v: Arrays, x: Arrays, group: Any) -> Arrays:
     ```
 
     Args:
-      v: An array, or a pytree of them for joint groups.
+      v: An array, or a pytree of arrays for joint groups.
       x: The point, arrays of the same shapes.
-      group: A `RadialGroup`, or a pytree of them.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Arrays like v, of v's dtype.
@@ -176,8 +179,8 @@ def center(x: Arrays, group: Any) -> Arrays:
     ```
 
     Args:
-      x: An array, or a pytree of them for joint groups.
-      group: A `RadialGroup`, or a pytree of them.
+      x: An array, or a pytree of arrays for joint groups.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Arrays like x, of x's dtype.
@@ -194,19 +197,20 @@ def center(x: Arrays, group: Any) -> Arrays:
 
 
 def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
-    """Carries a tangent vector of another point to the tangent space at x.
+    """Moves a tangent vector from another point to the tangent space at x.
 
     ```
     t = m - <m, u> u        |m| t / |t|        (0 where t = 0, m where |x| = 0)
     ```
 
-    Isometric; the parallel transport along the arc where the arc lies in the plane
-    of m and the old point, and equal to it up to second order in the angle otherwise.
+    The result is as long as m. If the arc from the old point to x lies in the plane of m and the
+    old point, this is the parallel transport along the arc. Otherwise it agrees with parallel
+    transport up to second order in the angle.
 
     Args:
-      m: The tangent vector, an array or a pytree of them for joint groups.
+      m: The tangent vector, an array or a pytree of arrays for joint groups.
       x: The new point, arrays of the same shapes.
-      group: A `RadialGroup`, or a pytree of them.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Arrays like m, of m's dtype.
@@ -220,11 +224,11 @@ def transport(m: Arrays, x: Arrays, group: Any) -> Arrays:
     """
     t = project(m, x, group)
     before, after = inner(m, m, group), inner(t, t, group)
-    # What is left of a vector turned by 90 degrees is rounding, not a direction.
+    # If m is radial at x, only rounding is left, which has no direction.
     smallest = min(float(jnp.finfo(a.dtype).eps) for a in jax.tree.leaves(m)) ** 2
     lost = after <= smallest * before
     length = safe_divide(safe_sqrt(before), safe_sqrt(jnp.where(lost, 0, after)))
-    return scale(jnp.where(before == 0, 1, length), t, group)  # at 0 for the gradient only
+    return scale(jnp.where(before == 0, 1, length), t, group)  # only matters to the gradient
 
 
 def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:
@@ -234,12 +238,12 @@ def angle(x: Arrays, y: Arrays, group: Any) -> jax.Array:
     atan2(|y - <y, u> u|, <y, u>)
     ```
 
-    Accurate for small angles too, where the arc cosine of a dot product is not.
+    This is accurate for small angles, unlike the arc cosine of a dot product.
 
     Args:
       x: An array, or a pytree of arrays for joint groups.
       y: Arrays of the same shapes.
-      group: A `RadialGroup`, or a pytree of them.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
 
     Returns:
       Radians in [0, pi], shape `group.shape(x.shape)`; 0 where x or y is zero.
@@ -265,7 +269,7 @@ def retract(
     radius: jax.typing.ArrayLike = 1.0,
     method: Retraction = "normalize",
 ) -> Arrays:
-    """Takes the step v from x and comes back to the sphere of a given radius.
+    """Takes the step v from x and returns to the sphere of a given radius.
 
     ```
     normalize:  radius (x + v) / |x + v|                      (x where x + v = 0)
@@ -274,11 +278,11 @@ def retract(
     ```
 
     Args:
-      x: The point, an array or a pytree of them for joint groups.
+      x: The point, an array or a pytree of arrays for joint groups.
       v: The step, arrays of the same shapes.
-      group: A `RadialGroup`, or a pytree of them.
+      group: A `RadialGroup`, or a pytree of `RadialGroup`.
       radius: A number, or one value per group.
-      method: `"normalize"` or `"geodesic"`, which follows the great circle.
+      method: `"normalize"`, or `"geodesic"` to follow the great circle.
 
     Returns:
       Arrays like x, of x's dtype.
@@ -322,7 +326,7 @@ def retract(
 
 
 def _check_retraction(method: str) -> None:
-    """Raises a `ValueError` that lists the known methods if this is none of them."""
+    """Raises a `ValueError` that lists the known methods if this is not one of them."""
     if method not in get_args(Retraction):
         raise ValueError(
             f"retract: expected method to be one of {list(get_args(Retraction))}, found {method!r}."

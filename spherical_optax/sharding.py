@@ -1,9 +1,10 @@
-"""Where state lives on a mesh of devices: with its parameters.
+"""Sharding of optimizer state on a mesh of devices: state is sharded like its parameters.
 
-Moments are sharded as their parameters are, and one value per group as the parameter is on
-the axes that index the groups. Where the axes of the mesh are explicit, types say so from
-`init` on; where they are automatic, `state_sharding` tells it to the compiler.
-Inside `jax.shard_map` an array is one device's part, and so would sums be: refused.
+A moment has the sharding of its parameter. Per-group values have the sharding of the parameter on
+the axes that index the groups. If the axes of the mesh are explicit, the arrays have these
+shardings in their types from `init` on. If they are automatic, pass the result of `state_sharding`
+to the compiler. Inside `jax.shard_map` an array is only one device's shard, and a sum over a group
+would be incomplete: sharded parameters raise an error there.
 """
 
 import warnings
@@ -24,9 +25,9 @@ def _explicit(sharding: Any) -> bool:
 def index_sharding(
     x: jax.Array, axes: tuple[int, ...], *, split_last: bool = False
 ) -> NamedSharding:
-    """The sharding of x on some of its axes, for an array of these axes.
+    """The sharding of x on some of its axes, for an array that has only these axes.
 
-    With `split_last` the last of them is split into blocks, which are not sharded.
+    With `split_last`, the last of these axes is split into blocks, and the blocks are not sharded.
     """
     sharding = jax.typeof(x).sharding
     spec = [sharding.spec[axis] for axis in axes]
@@ -36,7 +37,7 @@ def index_sharding(
 
 
 def laid_out(values: jax.Array, shape: tuple[int, ...], sharding: Any) -> jax.Array:
-    """Reshapes per-group values, and shards the result."""
+    """Reshapes per-group values and shards the result."""
     now = jax.typeof(values)
     if not (_explicit(sharding) or _explicit(now.sharding)):
         return values.reshape(shape)
@@ -49,25 +50,25 @@ def laid_out(values: jax.Array, shape: tuple[int, ...], sharding: Any) -> jax.Ar
 
 
 def manual_axes() -> tuple[str, ...]:
-    """The axes of the mesh that `jax.shard_map` has made manual here."""
+    """The axes of the mesh that are manual here, inside `jax.shard_map`."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def on_one_device() -> bool:
-    """Whether arrays are known to lie on one device, whole."""
+    """Whether all arrays are known to lie whole on one device."""
     return jax.device_count() == 1 and not manual_axes()
 
 
 def varying(x: jax.Array) -> frozenset[str]:
-    """The manual axes over which an array differs, where `jax.shard_map` keeps track of it."""
+    """The manual axes over which an array differs, if `jax.shard_map` keeps track of them."""
     kind = jax.typeof(x)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
 
 
 def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
-    """Raises if `jax.shard_map` has cut one of some leaves, by number, whose sums are taken.
+    """Raises if `jax.shard_map` has split one of the numbered leaves, over which sums are taken.
 
-    It warns where `jax.shard_map` does not keep track of what it has cut.
+    It warns if `jax.shard_map` does not keep track of the arrays that it has split.
     """
     axes, numbers = manual_axes(), list(numbers)
     if not axes or not numbers:
@@ -75,8 +76,9 @@ def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
     if not all(varying(jax.lax.axis_index(axis)) for axis in axes):
         warnings.warn(
             f"Sums over the groups are per shard on the axes {list(axes)}, inside jax.shard_map "
-            "with check_vma=False, or jax.pmap: right for parameters that are replicated, which "
-            "JAX does not tell here. For others call update outside of it, under jax.jit.",
+            "with check_vma=False, or jax.pmap. This is correct only if the parameters are "
+            "replicated, and JAX does not say here whether they are. For sharded parameters, call "
+            "update outside of it, under jax.jit.",
             stacklevel=2,
         )
         return
@@ -85,32 +87,32 @@ def check_whole(who: str, params: Any, numbers: Iterable[int]) -> None:
         if found := varying(leaf.value):
             raise ValueError(
                 f"{who}: {leaf.path} of shape {leaf.value.shape}: expected a whole parameter, "
-                f"found one that differs over the manual axes {sorted(found)} of jax.shard_map: a "
-                "group's sum would be per shard. Call init and update outside of it, under "
-                "jax.jit, where arrays keep their global shapes."
+                f"found one that differs over the manual axes {sorted(found)} of jax.shard_map. "
+                "The sum over a group would be per shard. Call init and update outside of it, "
+                "under jax.jit, where arrays keep their global shapes."
             )
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any) -> Any:
     """The sharding of every array in an optimizer's state.
 
-    Moments get that of their parameter, values per group that of the parameter on the axes
-    that index the groups, and counters are replicated. It is what `init` says of typed
-    parameters, so it holds for chains of Optax's transformations as well.
+    A moment gets the sharding of its parameter. Per-group values get the sharding of the parameter
+    on the axes that index the groups. Counters are replicated. The shardings are those that `init`
+    gives for parameters with explicit shardings, so this also works for Optax's transformations.
 
     Args:
       tx: The optimizer, any gradient transformation.
       params: The parameters, arrays or `jax.ShapeDtypeStruct`.
-      sharding: A tree like params of `jax.sharding.NamedSharding`, all on one mesh.
+      sharding: A tree like params, of `jax.sharding.NamedSharding`, all on one mesh.
 
     Returns:
-      A tree like `tx.init(params)` of `NamedSharding`: for `jax.device_put`, for the
-      `out_shardings` of `jax.jit(tx.init)`, or for the arrays to restore a checkpoint to.
+      A tree like `tx.init(params)`, of `NamedSharding`. Pass it to `jax.device_put`, pass it as
+      `out_shardings` to `jax.jit(tx.init)`, or restore a checkpoint to arrays that have it.
 
     Raises:
-      TypeError: If a sharding is no `NamedSharding`; the message names the parameter.
-      ValueError: If the trees' paths differ, there are none, or the shardings are on several
-        meshes.
+      TypeError: If a sharding is not a `NamedSharding`. The message names the parameter.
+      ValueError: If the two trees have different paths, if there are no parameters, or if the
+        shardings are on several meshes.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -133,21 +135,22 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, sharding: Any)
     )
     if paths != others or not paths:
         raise ValueError(
-            "state_sharding: expected a tree like the parameters, with a sharding for each, found "
-            f"none for {[path for path in paths if path not in others]}, and some for "
-            f"{[path for path in others if path not in paths]}, of {len(paths)} parameters."
+            "state_sharding: expected a tree like the parameters, with one sharding for each, "
+            f"found no sharding for {[path for path in paths if path not in others]}, and "
+            f"shardings for other paths, {[path for path in others if path not in paths]}. There "
+            f"are {len(paths)} parameters."
         )
     found = jax.tree.leaves(sharding)
     for path, each in zip(paths, found, strict=True):
         if not isinstance(each, NamedSharding):
             raise TypeError(
                 f"state_sharding: {path}: expected a NamedSharding, found {each!r} of type "
-                f"{type(each).__name__}."
+                f"{type(each).__name__}. Write NamedSharding(mesh, spec)."
             )
         if each.mesh != found[0].mesh:
             raise ValueError(
                 f"state_sharding: {path}: expected the mesh of {paths[0]}, {found[0].mesh}, found "
-                f"{each.mesh}."
+                f"{each.mesh}. Put all shardings on one mesh."
             )
     mesh = found[0].mesh
     names = mesh.axis_names

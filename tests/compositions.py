@@ -1,4 +1,4 @@
-"""Transforms, and the compositions that they are equal to."""
+"""Fused transforms, each with the equivalent composition."""
 
 import optax
 

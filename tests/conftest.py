@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import pytest
 
-# Most of the time goes into compiling small programs that run once: let that be quick, not
-# good. Only here, as flags are read when the backend starts: programs that the tests start
-# are compiled as for users, unless given them too. Not every version has each flag, and XLA
-# ends the process where it does not know one.
+# The tests spend most of their time compiling small programs that run once, so XLA optimizes
+# less. The flags are set only while the backend starts, which reads them. Programs that the tests
+# start are compiled as for users, unless they get these flags. Not every version of XLA has all
+# flags, and an unknown flag ends the process.
 QUICK = ""
 if jax.__version_info__ >= (0, 10):
     QUICK = "--xla_backend_optimization_level=0"
@@ -30,12 +30,12 @@ if jax.__version_info__ >= (0, 10):
     else:
         os.environ["XLA_FLAGS"] = flags
 
-# Traces are many small objects that live on: rarely worth a search for garbage.
+# Tracing makes many small objects that stay alive, so frequent garbage collection is a waste.
 gc.set_threshold(100_000, 20, 100)
 
-# Each worker writes to its own folder: JAX's cache files are not written atomically.
+# Each worker has its own cache folder, because JAX does not write cache files atomically.
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
-CACHED = {  # for programs that the tests start, too
+CACHED = {  # also for programs that the tests start
     "JAX_COMPILATION_CACHE_DIR": str(CACHE / os.environ.get("PYTEST_XDIST_WORKER", "main")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -49,7 +49,7 @@ LONGEST = ("test_contract", "test_sharding", "test_detection", "test_paper", "te
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: these are what a worker takes."""
+    """Puts the longest files first; a worker takes whole files."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
@@ -60,7 +60,7 @@ def pytest_report_header() -> str:
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """64-bit types for float64, JAX's defaults otherwise."""
+    """Enables 64-bit types for float64, and disables them for other dtypes."""
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", dtype == "float64")
     try:
@@ -83,7 +83,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """A program of the examples, or one of their helpers, as a module."""
+    """Imports a program of the examples, or one of their helpers, as a module."""
 
     def load(name: str) -> Any:
         monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "examples")

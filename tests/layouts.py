@@ -1,4 +1,4 @@
-"""Parameter trees with groups of every kind, small enough to run."""
+"""Small parameter trees with groups of every kind."""
 
 import jax
 import jax.numpy as jnp

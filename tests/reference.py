@@ -1,14 +1,14 @@
-"""The optimizers written again in float64 NumPy, one group a vector, in textbook form.
+"""The optimizers in textbook form in float64 NumPy, with one vector per group.
 
-Momentum is carried by the parallel transport along the great circle from the old point
-to the new one, which the library never forms: it knows only the new point.
+The momentum is transported in parallel along the great circle from the old point to the new one.
+The library never does this explicitly, because it knows only the new point.
 """
 
 import numpy as np
 
 
 def parallel_transport(m: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Carries m, tangent at x, to y along the great circle of their directions."""
+    """Transports m, which is tangent at x, to y along the great circle of their directions."""
     u, w = x / np.linalg.norm(x), y / np.linalg.norm(y)
     return m - (m @ w) / (1 + u @ w) * (u + w)
 
@@ -21,7 +21,7 @@ def tangent(m: np.ndarray, x: np.ndarray) -> np.ndarray:
 def adam_family(
     x, grads, *, lr, b1, b2, eps, weight_decay, transport, on_unit_sphere=False, decoupled=False
 ):
-    """AdamS; AdamSRT with `transport`; AdamG with `on_unit_sphere` too; decay coupled or not."""
+    """The trajectory of AdamS; of AdamSRT with `transport`; of AdamG with both flags."""
     m, v, path = np.zeros_like(x), 0.0, [x]
     for t, g in enumerate(grads, start=1):
         g = g if decoupled else g + weight_decay * x
@@ -62,7 +62,7 @@ def adam(grads, b1, b2, eps):
 
 
 def orthogonal(matrix):
-    """Muon's five Newton-Schulz iterations, of the wide matrix."""
+    """Muon's five Newton-Schulz iterations on a matrix, which is transposed if it is tall."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (np.linalg.norm(x) + 1e-8)
     for _ in range(5):
@@ -72,10 +72,10 @@ def orthogonal(matrix):
 
 
 def muon(grads, momentum, corrected=True):
-    """Muon's direction at each step, of the last two axes."""
+    """Muon's direction at each step, for matrices in the last two axes."""
     m = 0
     for t, g in enumerate(grads, start=1):
-        if corrected:  # as `optax.contrib.muon`: the momentum of the step to come
+        if corrected:  # as in `optax.contrib.muon`, with the momentum of the next step
             m = momentum * m + (1 - momentum) * g
             ahead = momentum * m / (1 - momentum ** (t + 1))
             ahead = ahead + (1 - momentum) * g / (1 - momentum**t)
@@ -87,7 +87,7 @@ def muon(grads, momentum, corrected=True):
 
 
 def length(x, axes):
-    """The length of each group, over all axes but those, which broadcasts against x."""
+    """The length of each group, in a shape that broadcasts against x; `axes` index the groups."""
     summed = tuple(i for i in range(x.ndim) if i not in [axis % x.ndim for axis in axes])
     return np.sqrt((x**2).sum(summed, keepdims=True))
 

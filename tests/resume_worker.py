@@ -1,4 +1,4 @@
-"""Trains, saves every step, and resumes from the latest: the program that test_resume.py kills.
+"""The program that test_resume.py kills: trains, saves every step, and resumes from the last save.
 
 python tests/resume_worker.py DIRECTORY STEPS
 """
@@ -43,7 +43,7 @@ def loss_fn(params, x):
 def main(directory, steps):
     tx = make_optimizer(steps)
 
-    # Donated: what is still being written must not be overwritten by the next step.
+    # Arguments are donated: a step must not overwrite arrays that are still being saved.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, count):
         x = jax.random.normal(jax.random.fold_in(jax.random.key(1), count), (32, 256))

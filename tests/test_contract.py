@@ -1,7 +1,7 @@
-"""What Optax asks of a transformation, asked of every public one.
+"""Every public transformation does what Optax requires of a transformation.
 
-A new transform or optimizer is added to `TABLE` first. Compiling takes most of the time, so
-tests share their programs: each entry is built once, and its plain runs are kept.
+A new transform or optimizer is added to `TABLE` first. Compiling takes most of the time, so tests
+share compiled programs: each entry is built once, and its plain runs are cached.
 """
 
 import functools
@@ -29,14 +29,14 @@ GROUPS = so.groups_by_path(
 
 
 class Entry(NamedTuple):
-    """A public transformation: its factory, and the numbers given to it."""
+    """A public transformation: its factory, and the values of its numeric hyperparameters."""
 
     factory: Any
     numbers: dict[str, float]
 
 
 def transport(inner):
-    """A factory of one number, so that hyperparameters can be injected."""
+    """A factory with one number, so that hyperparameters can be injected."""
 
     def factory(decay, groups):
         return so.transport_moments(inner(decay), groups)
@@ -59,7 +59,7 @@ def hyperball(decay, learning_rate, groups):
 
 
 def adamsw(learning_rate, weight_decay, other_learning_rate, groups):
-    """With a mask, which as a function would be taken for a schedule to inject."""
+    """AdamSW with a mask, which `inject_hyperparams` would take for a schedule as an argument."""
     return so.adamsw(
         learning_rate,
         groups=groups,
@@ -83,7 +83,7 @@ def adamg(learning_rate, b1, groups):
 
 
 def chain(b1, learning_rate, groups):
-    """Steps of ours that join, and transformations of Optax around them."""
+    """Transforms that fuse, between transformations of Optax."""
     return so.chain(
         optax.scale(2.0),
         so.scale_by_adamg(b1, groups=groups),
@@ -94,7 +94,7 @@ def chain(b1, learning_rate, groups):
 
 
 def retract_by_function(step, groups):
-    """The present radius by the geometry's function, along part of the step."""
+    """Keeps the current radius with a function as `method`, along part of the step."""
 
     def end(x, v, group):
         part, radius = jax.tree.map(lambda v: step * v, v), so.geometry.norm(x, group)
@@ -109,7 +109,7 @@ def split_radial(decay, learning_rate, groups):
 
 
 def decay_to_initial(weight_decay, groups):
-    """It knows no groups."""
+    """`add_decay_to_initial`, which takes no groups."""
     return so.add_decay_to_initial(weight_decay)
 
 
@@ -118,7 +118,7 @@ def effective(learning_rate, momentum, groups):
 
 
 def muonh(learning_rate, momentum, groups):
-    """Of the only matrix: filters, joint leaves and blocks are none."""
+    """MuonH on the only matrix; filters, joint leaves and blocks are not matrices."""
     groups = so.groups_by_path({"dense/kernel": so.per_filter()})
     return so.muonh(learning_rate, momentum, groups=groups, other=optax.adam(0.05))
 
@@ -198,8 +198,8 @@ TABLE = {
 }
 
 
-# What test-slow asks alone: other forms of an entry, and chains of transforms that are entries, of
-# which one optimizer of each family is asked here, too.
+# Entries that only `make test-slow` tests: variants of other entries, and optimizers that chain
+# other entries. One optimizer of each family is always tested.
 VARIANTS = (
     "adams",
     "adamsw",
@@ -242,7 +242,7 @@ def compiled(name):
 
 @functools.cache
 def plain(name, dtype):
-    """Parameters and state after three compiled steps of an entry."""
+    """The parameters and state after three compiled steps of an entry."""
     return run(build(name), params_of(dtype), gradients(dtype), update=compiled(name))
 
 
@@ -266,9 +266,9 @@ def gradients(dtype="float32", steps=3):
 
 
 def run(tx, params, grads, state=None, *, update=None):
-    """Parameters and state after a step for each gradient.
+    """The parameters and state after a step for each gradient.
 
-    Without a compiled update, operation by operation: these are compiled once for all entries.
+    Without a compiled `update`, operations run one by one: each is compiled once for all entries.
     """
     state = tx.init(params) if state is None else state
     update = update or tx.update
@@ -332,7 +332,7 @@ def test_updates_and_state_keep_structure_shapes_and_dtypes(name, dtype):
 
 
 RECORDERS = ("record_sphere", "record_gradient")
-"""What hands updates on as they are; the recorder around an optimizer, as that gives them."""
+"""Recorders that return their updates unchanged."""
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_updates_are_of_the_parameters_dtype(name, params_dtype, grads_dtype):
 
 @pytest.mark.parametrize("name", sorted(set(TABLE) - set(RECORDERS)))
 def test_narrow_gradients_are_widened_before_anything_is_computed(name):
-    """Not after Optax has multiplied them by 1 - b1 in bfloat16."""
+    """bfloat16 gradients are widened first, before Optax multiplies them by 1 - b1."""
     tx, params, [g] = build(name), params_of(), gradients("bfloat16", 1)
     wide = jax.tree.map(lambda x: x.astype("float32"), g)
     ends = [tx.update(each, tx.init(params), params) for each in (g, wide)]
@@ -365,7 +365,7 @@ def test_narrow_gradients_are_widened_before_anything_is_computed(name):
 
 
 def test_weights_replaced_after_init(name):
-    """As if they had been there: no transformation keeps what `init` saw of their values."""
+    """Weights loaded after `init` train as if they had been there at `init`."""
     loaded = jax.tree.map(lambda x: 6 * x, params_of(seed=7))
     tx = build(name)
     late = run(tx, loaded, gradients(steps=2), tx.init(params_of()))
@@ -385,7 +385,7 @@ def test_leaves_without_entries(name):
 
 
 def test_a_state_of_other_shapes_is_refused(name):
-    """A leaf with a group and one without that grew; a state that does not depend on it fits."""
+    """A state that does not fit the shapes of the parameters is refused, with the leaf's path."""
     tx = build(name)
     state = tx.init(params_of())
     for path in (("conv", "kernel"), ("dense", "kernel"), ("head", "kernel")):
@@ -415,7 +415,7 @@ def test_abstract_init(name):
 
 
 def test_vmap_of_scan_of_cond(name, x64):
-    """Two models side by side, three steps in a loop, and a fourth that is skipped."""
+    """Updates work under vmap, scan and cond: two models, three steps, and a skipped step."""
     tx, grads = build(name), gradients("float64")
 
     def step(carry, inputs):
@@ -437,12 +437,12 @@ def test_vmap_of_scan_of_cond(name, x64):
 
 
 def test_multi_steps_is_the_averaged_step(name, x64):
-    """Every second of six small steps makes one with the mean of two gradients."""
+    """`optax.MultiSteps` over two gradients takes the step of their mean."""
     tx, grads = build(name), gradients("float64")
     apart = params_of("float64", seed=7)
     pairs = [jax.tree.map(lambda g, d, s=s: g + s * d, g, apart) for g in grads for s in (1, -1)]
     newer = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
-    wide = {"accumulator_dtype": "float64"} if newer else {}  # older: as the parameters
+    wide = {"accumulator_dtype": "float64"} if newer else {}  # older Optax has no choice
     multi = optax.MultiSteps(tx, every_k_schedule=2, **wide)
     params, state = run(multi, params_of("float64"), pairs, update=jax.jit(multi.update))
     equal((params, state.inner_opt_state), plain(name, "float64"), rtol=1e-10)
@@ -464,7 +464,7 @@ def test_apply_if_finite_leaves_everything_as_it_was(name):
 
 
 def test_inject_hyperparams_with_a_schedule(name, x64):
-    """The first number changes after two steps; without numbers, nothing is injected."""
+    """An injected schedule of the first number acts like that number at each step."""
     entry, params, grads = TABLE[name], params_of("float64"), gradients("float64")
     number, first = next(iter(entry.numbers.items()), (None, None))
     second = entry.numbers | ({} if number is None else {number: first / 2})
@@ -511,7 +511,7 @@ def test_tree_map_params(name):
     tx, params = build(name), params_of()
     state = tx.init(params)
     if "MaskedState" in str(jax.tree.structure(state)):
-        # As of any optax.masked: each part's state has a part of the parameters.
+        # As with any optax.masked, the state of a part contains only some of the parameters.
         mapped = optax.tree_map_params(tx, lambda leaf: leaf + 1, state)
         assert jax.tree.structure(mapped) == jax.tree.structure(state)
         return
@@ -519,7 +519,7 @@ def test_tree_map_params(name):
     recorded = name.startswith("record")
 
     def other(node):
-        """A recorder's values are none of the parameters', and come as one node."""
+        """Recorded values are not parameters; they come as one node."""
         return jax.tree.map(lambda leaf: "" if recorded or leaf.ndim == 0 else "missed", node)
 
     mapped = optax.tree_map_params(
@@ -572,7 +572,7 @@ def test_a_missing_gradient_leaves_its_parameter_alone(name):
     ["project_radial", "scale_by_adams", "retract(initial)", "record_sphere", "record_gradient"],
 )
 def test_integer_leaf_without_a_group_passes_through(name):
-    # The others are made of optax transforms, which refuse integer leaves.
+    # The other entries contain Optax transforms, which refuse integer leaves.
     tx, params, (g, *_) = build(name), params_of(), gradients()
     expected, _ = tx.update(g, tx.init(params), params)
     table = np.zeros(3, jax.dtypes.float0)
@@ -582,7 +582,7 @@ def test_integer_leaf_without_a_group_passes_through(name):
     equal({key: updates[key] for key in expected}, expected)
 
 
-# Their steps are relative to a length that they keep: a group of length 0 stays 0.
+# These keep a length, and their steps are relative to it, so a group of length 0 stays 0.
 RELATIVE = ("retract(initial)", "retract(geodesic)", "retract(keep)", "normalize_updates")
 RELATIVE += ("chain", "hyperball", "adamh", "muonh", "rotational")
 
@@ -594,7 +594,8 @@ def test_zero_norm_groups_and_zero_gradients_stay_finite(name, dtype):
     params = {**params, "conv": {"kernel": params["conv"]["kernel"].at[..., 0].set(0)}}
     params["dense"] = jax.tree.map(jnp.zeros_like, params["dense"])
     zeros = [jax.tree.map(jnp.zeros_like, params)] * 2
-    # Traced: where Hyperball and the rotational variants see such groups, they refuse them.
+    # `init` is traced, because Hyperball and the rotational variants refuse such groups if they
+    # know the values.
     state = jax.jit(build(name).init)(params)
     still, state = run(build(name), params, zeros, state)
     finite((still, state))
@@ -604,7 +605,8 @@ def test_zero_norm_groups_and_zero_gradients_stay_finite(name, dtype):
     assert (largest == 0) == name.startswith(RELATIVE)
 
 
-# Of what is around Optax's Adam gradients are not finite where its second moment is 0.
+# Transformations around Optax's Adam are left out: if its second moment is 0, gradients through it
+# are not finite.
 DIFFERENTIABLE = [
     "project_radial",
     "scale_by_adams",
@@ -620,14 +622,14 @@ DIFFERENTIABLE = [
     "normalize_updates(decay)",
     "center_updates",
     "project_if_tangent",
-    "adamsrt",  # with L2, whose gradient is radial, and leaves a moment of rounding's size
+    "adamsrt",  # with L2: its gradient is radial, so only rounding error is left in the moment
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_through_two_updates_are_finite(name):
-    """For groups with no gradient and no weights, neither, or both, and moments of zero."""
+    """Gradients through updates are finite for zero weights, zero gradients and zero moments."""
     tx = TABLE[name].factory(groups=so.per_filter(), **TABLE[name].numbers)
     weights, g = (jnp.asarray(np.random.default_rng(i).normal(size=(3, 4)), "f4") for i in (0, 1))
     weights, g = weights.at[:, :2].set(0), g.at[:, 1:3].set(0)
@@ -648,7 +650,7 @@ def test_gradients_through_two_updates_are_finite(name):
 
 @pytest.fixture(scope="module")
 def restored(tmp_path_factory):
-    """Parameters and state of every entry after a step, saved in one file and restored."""
+    """The parameters and state of every entry after a step, before and after a checkpoint."""
     path, saved = tmp_path_factory.mktemp("orbax") / "step", {}
     for name in TABLE:
         saved[name] = run(build(name), params_of("bfloat16"), gradients("bfloat16", 1))
@@ -691,15 +693,15 @@ def test_exports_to_cuda_and_tpu(name):
     ],
 )
 def test_updates_of_other_paths_or_shapes_are_refused(name):
-    """Pairing leaves by number would give one's gradient to another's moment."""
+    """Updates with other paths or shapes than the parameters are refused, not paired by number."""
     who, tx, params, (g, *_) = name.split("(")[0], build(name), params_of(), gradients()
     state = tx.init(params)
     less, more = {**g, "head": {"kernel": g["head"]["kernel"]}}, {**g, "late": jnp.ones(3)}
     turned = {**g, "head": {"kernel": g["head"]["kernel"].T, "bias": g["head"]["bias"]}}
-    paths = f"^{who}: expected updates with the paths of the parameters, found none for "
-    with pytest.raises(ValueError, match=paths + r"\['head/bias'\], and some for \[\]"):
+    paths = f"^{who}: expected updates with the paths of the parameters, found missing paths "
+    with pytest.raises(ValueError, match=paths + r"\['head/bias'\] and unknown paths \[\]"):
         tx.update(less, state, params)
-    with pytest.raises(ValueError, match=paths + r"\[\], and some for \['late'\]"):
+    with pytest.raises(ValueError, match=paths + r"\[\] and unknown paths \['late'\]"):
         tx.update(more, state, params)
     shapes = r"head/kernel of shape \(5, 3\): expected updates of shape \(5, 3\), found \(3, 5\)"
     with pytest.raises(ValueError, match=f"^{who}: {shapes}"):

@@ -1,7 +1,7 @@
-"""The accelerator at hand computes what the CPU computes: `make test-device`, in 90 seconds.
+"""The accelerator of this machine gives the numbers of the CPU: `make test-device`, 90 seconds.
 
-It needs JAX, Optax, Flax and pytest, and no network. Where there is no accelerator, compiled
-programs are compared with operations one by one.
+It needs JAX, Optax, Flax and pytest, but no network. Without an accelerator, compiled programs are
+compared with operations one by one.
 """
 
 import pathlib
@@ -56,7 +56,7 @@ OPTIMIZERS = {
 
 
 def trees(dtype):
-    """Parameters, and gradients of three steps."""
+    """Parameters, and the gradients of three steps."""
     rng = np.random.default_rng(0)
     shapes = {
         "conv": {"kernel": (3, 3, 64, 128)},
@@ -84,7 +84,7 @@ def trajectory(tx, dtype, device, update):
 
 
 def both(tx, dtype):
-    """On the device, compiled; and on the CPU, operation by operation."""
+    """Trajectories on the device, compiled, and on the CPU, operation by operation."""
     here, cpu = jax.devices()[0], jax.local_devices(backend="cpu")[0]
     return trajectory(tx, dtype, here, jax.jit(tx.update)), trajectory(tx, dtype, cpu, tx.update)
 
@@ -93,9 +93,9 @@ def both(tx, dtype):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_three_steps_are_those_of_the_cpu(name, groups):
     if name == "muonh" and groups == "joint":
-        groups = "layers"  # filters joined with biases are no matrices
+        groups = "layers"  # filters joined with biases are not matrices
     found, expected = both(OPTIMIZERS[name](GROUP[groups]), "float32")
-    # Orthogonalization multiplies matrices, which an accelerator may do in TensorFloat-32.
+    # MuonH multiplies matrices, which an accelerator may do in TensorFloat-32.
     tolerance = 0.02 if name == "muonh" else 2e-5
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance), found, expected
@@ -104,7 +104,7 @@ def test_three_steps_are_those_of_the_cpu(name, groups):
 
 @pytest.mark.parametrize("name", ["adamsrt", "adamg", "adamp", "adamh", "rotational_adamw"])
 def test_narrow_weights(name):
-    """To two roundings of bfloat16."""
+    """bfloat16 weights agree with those of the CPU to two roundings."""
     found, expected = both(OPTIMIZERS[name](GROUP["filters"]), "bfloat16")
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-6, atol=2**-6), found, expected
@@ -131,7 +131,7 @@ def transformer():
 
 
 def counts(params, groups):
-    """By path, the number of groups, and the entries of one."""
+    """By path, the number of groups and the number of entries per group."""
     lines = so.describe_groups(params, groups).split("\ninvariant up to")[0].splitlines()
     columns = re.compile(r"^(\S+) +\(.*?\) +(\S+) +(\S+)")
     return {match[1]: match.group(2, 3) for line in lines[1:] if (match := columns.match(line))}

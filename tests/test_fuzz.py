@@ -1,7 +1,7 @@
-"""Laws for random shapes, groups, dtypes and magnitudes, against float64 vectors per group.
+"""Laws for random shapes, groups, dtypes and magnitudes, against a float64 vector per group.
 
-`make test-fuzz` sets `FUZZ_EXAMPLES=1000`: so many random examples for each law. By default
-there are a few, always the same.
+By default each law has a few examples, which are always the same. `make test-fuzz` sets
+`FUZZ_EXAMPLES=1000` for 1000 random examples per law.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from reference import tangent
 import spherical_optax as so
 from spherical_optax import geometry
 
-# Some shapes drawn are those of a convolution with its outputs first.
+# Some random shapes look like those of a convolution with its outputs first.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*groups of output channels"),
     pytest.mark.filterwarnings("ignore:.*entry by entry"),
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def fuzz(examples):
-    """Runs a law on this many examples, or on as many as the environment says."""
+    """Runs a law on this many examples, or on as many as FUZZ_EXAMPLES says."""
     asked = os.environ.get("FUZZ_EXAMPLES")
     return settings(
         max_examples=int(asked or examples),
@@ -45,14 +45,14 @@ def fuzz(examples):
     )
 
 
-# --- what is drawn ----------------------------------------------------------------------
+# --- random cases -----------------------------------------------------------------------
 
-ENTRIES = 24  # per leaf, at most
+ENTRIES = 24  # the largest number of entries per leaf
 DTYPES = ("bfloat16", "float32", "float64")
 ROUNDS = 4  # draws of values for each compiled function
 
-# Powers of ten: of the largest entries, and of the smallest. Norms overflow above 1.8e19 in
-# float32, and squares are lost below 1e-38; see the docstring of `geometry`.
+# The magnitudes of the largest and of the smallest entries, as powers of ten. In float32, norms
+# overflow above 1.8e19, and squares underflow below 1e-38; see the docstring of `geometry`.
 TOP = {"bfloat16": 18, "float32": 18, "float64": 150}
 BOTTOM = {"bfloat16": -39, "float32": -44, "float64": -320}
 KINDS = ("ordinary", "huge", "tiny", "denormal", "edge", "mixed")
@@ -63,12 +63,12 @@ def accumulator(dtype):
 
 
 def floor(dtype):
-    """Below this, sums of products are not accurate, as some of them may be lost."""
+    """Below this value, sums of products are inaccurate, because products may underflow."""
     return 4 * ENTRIES * float(accumulator(dtype).tiny / accumulator(dtype).eps)
 
 
 def numbered(shape, group):
-    """For each entry the number of its group, in the order of per-group results."""
+    """The number of the group of each entry, in the order of per-group results."""
     axes = sorted(axis % len(shape) for axis in group.index_axes)
     sizes = [shape[axis] for axis in axes]
     number = np.zeros(shape, int)
@@ -82,7 +82,7 @@ def numbered(shape, group):
 
 
 def rows(arrays, groups):
-    """The groups of one array, or of several in common, each a float64 vector."""
+    """The groups of one array, or joint groups of several arrays, as float64 vectors."""
     numbers = {name: numbered(np.shape(arrays[name]), groups[name]) for name in groups}
     count = max(number.max() for number in numbers.values()) + 1
     values = {name: np.asarray(arrays[name], np.float64) for name in groups}
@@ -100,7 +100,7 @@ def lengths(vectors):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Leaves that form groups together, or one leaf."""
+    """One leaf, or several leaves that form joint groups."""
 
     shapes: dict
     groups: dict
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def has_layers(self):
-        """Whether the leaves' groups lie in equally many layers, as AdamP asks."""
+        """Whether all leaves have the same number of layers, which AdamP requires."""
         counts = {
             math.prod(group.shape(self.shapes[name])[:-1]) for name, group in self.groups.items()
         }
@@ -117,12 +117,12 @@ class Case:
 
     @property
     def turns(self):
-        """Whether groups have a direction to turn: more than one entry."""
+        """Whether groups have more than one entry, so that they can rotate."""
         entries = sum(math.prod(shape) for shape in self.shapes.values())
         return entries > math.prod(self.groups["a"].shape(self.shapes["a"]))
 
     def rounds(self, *, kinds=KINDS):
-        """For each draw a function that makes arrays, each of one kind of magnitude."""
+        """Yields functions that make random arrays, each of one kind of magnitude."""
         rng = np.random.default_rng(self.seed)
         for _ in range(ROUNDS):
             zeros = rng.random(1000) < rng.choice([0, 0.3])
@@ -172,7 +172,7 @@ def radial_groups(draw, shape, joint=None):
 
 @st.composite
 def cases(draw, dtypes=DTYPES):
-    """One leaf, or two or three of one label whose groups are laid out differently."""
+    """One leaf, or two or three leaves with a joint label and different layouts of groups."""
     joint = draw(st.sampled_from([None, None, "label"]))
     shape = draw(shapes())
     found, groups = {"a": shape}, {"a": draw(radial_groups(shape, joint))}
@@ -203,13 +203,13 @@ def finite(tree):
 
 
 def close(found, expected, bound):
-    """Vectors no further apart than the bound of each."""
+    """Asserts that the distance of each pair of vectors is within its bound."""
     distance = lengths(found - expected)
     assert np.all(distance <= bound), (distance, bound)
 
 
 def accurate(size, radius, small):
-    """Where neither |v| nor |x|^2 nor <v, x> nor <v, x> / |x|^2 is lost."""
+    """Where none of |v|, |x|^2, <v, x> and <v, x> / |x|^2 underflows."""
     least = np.min([size, radius**2, size * radius], axis=0)
     return (least > small) & (size > small * radius)
 
@@ -266,7 +266,7 @@ def test_transport_is_isometric_and_tangent_or_zero(case):
             lost = (left == 0) | (length**2 <= small)
             assert np.all((length <= error * size) | (length**2 <= small) | ~lost)
             assert np.all(np.abs(left - size)[~lost] <= error * size[~lost])
-            # Rounding of m counts the more, the less of it is tangent.
+            # The smaller the tangent part of m, the larger the relative rounding error.
             bound = np.minimum(error * size / np.where(lost, 1, length), 2) * size
             radial = np.abs(np.sum(T * X, axis=1)) / radius
             assert np.all(radial[~lost] <= bound[~lost])
@@ -301,7 +301,7 @@ def test_retract_lands_on_the_radius(case, method):
             else:
                 size = lengths(V)
                 ratio = size / np.where(radius > 0, radius, 1)
-                # What is tangent is known only up to rounding of v: long steps lose it.
+                # The tangent part is known only up to rounding of v, so long steps lose it.
                 fine = accurate(size, radius, small) & (ratio < 100)
                 bound = error * target * (1 + ratio)
                 assert np.all(np.abs(lengths(R) - target)[fine] <= bound[fine])
@@ -315,7 +315,7 @@ def test_retract_lands_on_the_radius(case, method):
 @fuzz(12)
 @given(case=cases(dtypes=("float64",)), name=st.sampled_from(sorted(PAIRS)))
 def test_moments_on_the_unit_sphere_are_the_composition(case, name):
-    """For groups of a norm, wherever they move by less than 90 degrees."""
+    """For groups with a nonzero norm that rotate by less than 90 degrees."""
     with precision("float64"):
         pair = [make(case.groups) for make in PAIRS[name]]
         steps = [jax.jit(tx.update) for tx in pair]
@@ -335,7 +335,7 @@ def test_moments_on_the_unit_sphere_are_the_composition(case, name):
 
 
 def moved(x, v, case, factor):
-    """Each group turned by less than 20 degrees, and scaled."""
+    """Rotates each group by less than 20 degrees, and scales it."""
     X, V = rows(x, case.groups), rows(v, case.groups)
     ratio = 0.3 * lengths(X) / lengths(V)
     result = {}
@@ -364,16 +364,19 @@ TRANSFORMS = {
     "rotational_adamw": lambda groups: so.rotational_adamw(1e-3, weight_decay=0.1, groups=groups),
     "record_sphere": lambda groups: so.record_sphere(groups),
 }
-"""Those that keep no power of the radius above its square; AdamG* keeps the fourth."""
+"""Transforms that store no power of the radius above its square; AdamG* stores the fourth."""
 FIXED = ("hyperball", "rotational_adamw", "retract", "retract(geodesic)", "adamg")
-"""Those that refuse groups of one entry."""
+"""Transforms that refuse groups of one entry."""
 
 
 @pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
 @fuzz(25)
 @given(case=cases(), name=st.sampled_from(sorted(TRANSFORMS)))
 def test_finite_gradients_keep_everything_finite(case, name):
-    """At every magnitude, as long as |x| |g| has a square: it is the length that moments have."""
+    """Updates and state are finite at every magnitude, if the square of |x| |g| does not overflow.
+
+    |x| |g| is the length of the moments.
+    """
     assume(case.has_layers or name not in ("adamp", "sgdp"))
     assume(case.turns or name not in FIXED)
     with precision(case.dtype):
@@ -391,7 +394,7 @@ def test_finite_gradients_keep_everything_finite(case, name):
 
 
 def bounded(g, x, case):
-    """A gradient that is scaled down where the product of lengths is above the range."""
+    """The gradient, scaled down if the product of the lengths of g and x is too large."""
     product = lengths(rows(g, case.groups)).max() * lengths(rows(x, case.groups)).max()
     factor = 10.0 ** TOP[case.dtype] / max(product, 10.0 ** TOP[case.dtype])
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64) * factor, a.dtype), g)
@@ -464,7 +467,7 @@ CONTAINERS = {
     ),
     "equinox": lambda a, b, c: Module(a, (b, c)),
 }
-# Groups are a tree with the same keys, of any container.
+# Groups may be a tree of any container with the same keys.
 GROUPS_OF = {**CONTAINERS, "state": CONTAINERS["dict"]}
 
 
@@ -479,7 +482,7 @@ def test_structure_shapes_and_dtypes_are_kept(container, data, dtype, name):
         absent = place == 2 and container != "state" and data.draw(st.booleans())
         leaves.append(None if absent else jax.ShapeDtypeStruct(shape, dtype))
         groups.append(None if absent else group)
-    if all(group is None for group in groups):  # as where no leaf has a moment to carry
+    if all(group is None for group in groups):  # at least one leaf must have a group
         groups[0] = so.per_layer()
     units = zip(leaves, groups, strict=True)
     sizes = [

@@ -1,4 +1,4 @@
-"""Laws of the geometry, against an independent NumPy formula group by group."""
+"""Laws of the geometry, against independent NumPy formulas for each group."""
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def test_sums(group, dtype):
     result = geometry.inner(x, y, group)
     assert result.shape == group.shape(x.shape)
     assert result.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
-    # The accumulator is float32 at least, so a bfloat16 array has float32's error.
+    # The accumulator is at least float32, so a bfloat16 array has float32's error.
     check(result, expected, "float32" if dtype == "bfloat16" else dtype, scale=10)
     lengths = np.linalg.norm(vectors(x, group), axis=1)
     check(geometry.norm(x, group), lengths, "float32" if dtype == "bfloat16" else dtype)
@@ -146,7 +146,7 @@ def test_angle_of_opposite_directions():
 
 @pytest.mark.parametrize("zero", ["x", "y", "both"])
 def test_angle_of_zero_groups_is_zero(group, zero, dtype):
-    """Not 90 degrees, which is what a dot product of 0 would say."""
+    """The angle of a zero group is 0, not the 90 degrees of a dot product of 0."""
     x, y = draw(6, dtype)
     x = jnp.zeros_like(x) if zero in ("x", "both") else x
     y = jnp.zeros_like(y) if zero in ("y", "both") else y

@@ -1,4 +1,4 @@
-"""Trajectories of the published PyTorch code, reproduced with jit."""
+"""The optimizers reproduce trajectories of the published PyTorch code under jit."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ import spherical_optax as so
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())
-EXACT = ("adams", "sgdmrt")  # the others add eps to squared norms
+EXACT = ("adams", "sgdmrt")  # the published code of the others adds eps to squared norms
 
 
 KEYWORDS = ("momentum", "dampening", "weight_decay", "delta", "wd_ratio", "nesterov")

@@ -1,4 +1,4 @@
-"""Steps of an optimizer, jitted, along given gradients."""
+"""Runs an optimizer, jitted, on given gradients."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import optax
 
 
 def run(tx: optax.GradientTransformation, params: Any, grads: Any, state: Any = None) -> list[Any]:
-    """The parameters before the first and after each step, from a fresh state or the one given."""
+    """The parameters before the first and after each step, from a new or a given state."""
     state, path = tx.init(params) if state is None else state, [params]
     update = jax.jit(tx.update)
     for g in grads:

@@ -1,4 +1,4 @@
-"""What mypy and pyright say of a user's program, held by `make lint` and `make types`."""
+"""A user's program, type-checked by mypy in `make lint` and by pyright in `make types`."""
 
 # pyright: strict, reportMissingTypeStubs=false, reportUnnecessaryTypeIgnoreComment=true
 

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Reading the sphere
 #
-# What do radius, angle and the gradient's cosine tell, under any optimizer? Four small runs: a
-# healthy one, a learning rate that is too large, one that is too small, and a mask that is wrong.
-# It takes half a minute on two cores, and needs
-# `pip install ".[examples]"` in a clone.
+# This tutorial shows how to read radius, angle and the gradient's cosine, under any optimizer. It
+# compares small runs: a healthy one, one without decay, one with a learning rate that is too large,
+# one with a learning rate that is too small, and one with a wrong mask. It takes half a minute on
+# two cores, and needs `pip install ".[examples]"` in a clone.
 
 # %%
 import jax
@@ -61,8 +61,8 @@ so.check_radial_groups(forward, start(), groups, x[:32])
 # %% [markdown]
 # ## Recorders
 #
-# `record_gradient` comes first in a chain and sees the gradient, `record_sphere` last and sees the
-# whole step. Neither changes an update. Both work around any optimizer, here plain AdamW.
+# `record_gradient` comes first in a chain and sees the gradient. `record_sphere` comes last and
+# sees the whole step. Neither changes an update. Both work with any optimizer, here plain AdamW.
 
 
 # %%
@@ -94,8 +94,9 @@ print(*healthy, sep="\n")
 # %% [markdown]
 # ## A healthy run, and the balance of decay and steps
 #
-# With decay, the angle per step goes to a value that only learning rate and decay know,
-# sqrt(2 lr wd (1 - b1) / (1 + b1)), whatever it was at first. It takes about 1 / (2 lr wd) steps.
+# With weight decay, the angle per step approaches sqrt(2 lr wd (1 - b1) / (1 + b1)), whatever it
+# was at first. This takes about 1 / (2 lr wd) steps. Here lr is the learning rate, wd the weight
+# decay, and b1 the decay rate of Adam's first moment.
 
 # %%
 lr, wd, b1 = 3e-3, 1.0, 0.9
@@ -127,14 +128,14 @@ axes[2].legend()
 plt.show()
 
 # %% [markdown]
-# Without decay the radius only grows, and the angle falls: the learning rate decays, without anyone
-# having scheduled it.
+# Without decay the radius only grows, and the angle falls. The effective learning rate decays,
+# although nobody scheduled it.
 #
 # ## Too large, too small
 #
-# An angle near 1 radian means that a weight forgets in a step what it was; one below 1e-4 for the
-# whole run means that a layer is where it started. Under AdamH the angle *is* the learning rate,
-# so the same picture can be read beforehand.
+# At an angle near 1 radian, a few steps erase the direction of a group. At an angle below 1e-4 for
+# the whole run, a layer stays where it started. Under AdamH the angle *is* the learning rate, so
+# you know it before the run.
 
 # %%
 runs = {
@@ -149,9 +150,9 @@ plt.show()
 # %% [markdown]
 # ## A wrong mask
 #
-# The gradient of an invariant group is orthogonal to it: its cosine is zero but for rounding. The
-# head is no group: nothing normalizes what it gives. Put it into one, and the cosine says so from
-# the first step on.
+# The gradient of an invariant group is orthogonal to the group's weights: their cosine is zero up
+# to rounding. The head is not invariant, because nothing normalizes its outputs. If the mask gives
+# it groups, the cosine shows the error from the first step on.
 
 # %%
 wrong = so.groups_by_path({r"hidden\d|head": so.per_filter()})
@@ -165,7 +166,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# `check_radial_groups` says the same before the first step, with the leaf's name:
+# `check_radial_groups` finds the same error before the first step, and names the parameter:
 
 # %%
 try:
@@ -174,4 +175,4 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# [Watch it](../watch.md) writes the same numbers into TensorBoard, and has the list of their names.
+# [Watch it](../watch.md) writes the same numbers into TensorBoard, and explains each of them.

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # A ResNet, from Adam to AdamSRT
 #
-# A small residual network with BatchNorm learns scikit-learn's digits, first under `optax.adam` as
-# it is, then with the radially invariant filters under AdamSRT. You see which line changes, how to
-# find out what is invariant, and what to look at afterwards. It takes a minute on two cores,
-# and needs `pip install ".[examples]"` in a clone.
+# A small residual network with BatchNorm learns scikit-learn's digits. First `optax.adam` trains
+# all of it; then AdamSRT trains it, with the radially invariant filters as groups. You see which
+# line changes, how to find the invariant parameters, and what to look at afterwards. It takes a
+# minute on two cores, and needs `pip install ".[examples]"` in a clone.
 
 # %%
 import functools
@@ -42,7 +42,8 @@ x.shape, x_test.shape
 # %% [markdown]
 # ## The network
 #
-# Two residual blocks. BatchNorm follows each convolution, and removes what a filter's length does.
+# The network has two residual blocks. A BatchNorm follows each 3x3 convolution and cancels the
+# length of its filters.
 
 # %%
 conv = functools.partial(nnx.Conv, kernel_size=(3, 3), use_bias=False)
@@ -77,8 +78,9 @@ class ResNet(nnx.Module):
 # %% [markdown]
 # ## What is invariant?
 #
-# Ask the network: the search scales every leaf, filter by filter, and looks whether the output
-# moves. `fn` is the forward pass in training mode, as a function of the parameters.
+# `find_radial_groups` finds out by experiment. It scales every parameter, filter by filter, and
+# tests whether the output changes. `fn` is the forward pass in training mode, as a function of the
+# parameters.
 
 # %%
 model = ResNet(nnx.Rngs(0))
@@ -88,9 +90,8 @@ found = so.find_radial_groups(fn, params, x[:16])
 print(so.describe_groups(params, found))
 
 # %% [markdown]
-# The four 3x3 convolutions have a group per output channel. The shortcuts do not: nothing
-# normalizes what they give. What is found can be written down as a rule, which is what one keeps in
-# a program, and checked once.
+# The four 3x3 convolutions have one group per output channel. The shortcuts have none, because
+# nothing normalizes their outputs. In a program, write the result down as a rule and check it once:
 
 # %%
 groups = so.groups_by_path({r"conv\d/kernel": so.per_filter()})
@@ -99,8 +100,8 @@ so.check_radial_groups(fn, params, groups, x[:16])
 # %% [markdown]
 # ## Before and after
 #
-# The optimizer's line is all that changes. A recorder at the end of the chain keeps radius and
-# angle of every filter's step in the state, and changes nothing.
+# Only the line with the optimizer changes. A recorder at the end of the chain stores the radius and
+# the angle per step of every filter in the state. It does not change the updates.
 
 # %%
 EPOCHS, BATCH = 15, 64
@@ -150,8 +151,9 @@ for name, (_, history) in runs.items():
 # %% [markdown]
 # ## What to look at
 #
-# Under Adam filters grow, since momentum that was tangent once points outwards later; AdamSRT
-# carries it along, and filters grow less. The angle of a step is what the network sees of all this.
+# Under Adam, filters grow. One cause is momentum: once the weights have moved, momentum that was
+# tangent points outwards. AdamSRT transports the momentum, and filters grow less. The network
+# itself only notices the angle of each step.
 
 # %%
 panels = {
@@ -173,9 +175,10 @@ plt.show()
 
 
 # %% [markdown]
-# ## And the state
+# ## The state
 #
-# One second moment per filter in place of one per entry: half of Adam's state.
+# AdamSRT has one second moment per filter, where Adam has one per entry. Its state is half as large
+# as Adam's.
 
 
 # %%
@@ -187,6 +190,6 @@ def size(tx):
 print({name: f"{size(tx):,} bytes" for name, tx in optimizers.items()})
 
 # %% [markdown]
-# With one seed and 450 test images the differences are within noise;
-# [what is known](../evidence.md) has larger runs. Next: [a transformer](transformer.py), or
+# With one seed and 450 test images, the differences are within noise.
+# [What is known](../evidence.md) has larger runs. Next: [a transformer](transformer.py), or
 # [what good curves look like](reading.py).

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # A transformer, from AdamW to AdamH
 #
-# A small decoder with RMSNorm and QK-norm learns a text byte by byte: first under AdamW, then with
-# its matrices on spheres under AdamH, where the learning rate is an angle and decay does nothing.
-# It takes a minute on two cores, and needs
-# `pip install ".[examples]"` in a clone.
+# A small decoder with RMSNorm and QK-norm learns a text byte by byte. First AdamW trains it. Then
+# AdamH trains it with its matrices on spheres: their learning rate is an angle, and weight decay
+# has no effect on them. It takes a minute on two cores, and needs `pip install ".[examples]"` in a
+# clone.
 
 # %%
 import jax
@@ -76,7 +76,8 @@ class Decoder(nnx.Module):
 # %% [markdown]
 # ## Which matrices?
 #
-# Only queries and keys are invariant, head by head, through the QK-norm. The search says so:
+# Only the kernels of queries and keys are radially invariant, one group per head, because of the
+# QK-norm. `find_radial_groups` confirms this:
 
 # %%
 model = Decoder(nnx.Rngs(0))
@@ -86,9 +87,9 @@ batch = jnp.asarray(tokens[: 2 * CONTEXT].reshape(2, CONTEXT))
 print(so.describe_groups(params, so.find_radial_groups(fn, params, batch)))
 
 # %% [markdown]
-# Fixed-radius optimizers are used on *all* matrices of the blocks, invariant or not: there the
-# sphere is a choice, which keeps every layer turning at the rate that one sets. The gains of the
-# norms make up for the lengths that are fixed. One sphere per matrix, as AdamH has it:
+# Optimizers with a fixed radius are used on *all* matrices of the blocks, invariant or not. For a
+# matrix that is not invariant, the sphere is a choice: the matrix rotates at the rate that you set.
+# The gains of the norms compensate for the fixed lengths. AdamH has one sphere per matrix:
 
 # %%
 groups = so.groups_by_path({r"blocks/\d+/(q|k|v|o|up|down)/kernel": so.per_layer()})
@@ -96,9 +97,9 @@ groups = so.groups_by_path({r"blocks/\d+/(q|k|v|o|up|down)/kernel": so.per_layer
 # %% [markdown]
 # ## Before and after
 #
-# AdamW has a learning rate and a decay. AdamH has one number for the matrices, the angle per step
-# in radians; embedding, head and gains keep the AdamW that they had. A first guess of the
-# angle is sqrt(lr wd): here sqrt(3e-3 x 0.1) = 0.017.
+# AdamW has a learning rate lr and a weight decay wd. For the matrices, AdamH has one number: the
+# angle per step in radians. Embedding, head and gains keep their AdamW. A starting angle is
+# sqrt(lr wd), here sqrt(3e-3 x 0.1) = 0.017.
 
 # %%
 STEPS = 250
@@ -139,8 +140,8 @@ for name, (losses, _) in runs.items():
 # %% [markdown]
 # ## What the spheres do
 #
-# Under AdamH every matrix turns by the angle that the schedule says, and keeps its radius. Under
-# AdamW the angle depends on the matrix and on what its length has become.
+# Under AdamH every matrix rotates by the scheduled angle and keeps its radius. Under AdamW the
+# angle depends on the matrix and on its current length.
 
 # %%
 matrices = [f"sphere/blocks/1/{name}/kernel" for name in ("q", "v", "up", "down")]
@@ -167,6 +168,7 @@ axes[1].legend(fontsize=9, ncols=2)
 plt.show()
 
 # %% [markdown]
-# This is one seed and one text, without a search: it shows how the parts behave. To use Muon's
-# directions on the same spheres, take `so.muonh`; [recipes](../recipes.md) has nGPT and others, and
-# which axis for which leaf of larger transformers. Next: [reading the sphere](reading.py).
+# This is one seed and one text, without a search of the learning rates, so it does not rank the
+# optimizers. To use Muon's directions on the same spheres, take `so.muonh`. The
+# [recipes](../recipes.md) have nGPT and other optimizers, and a table of groups for the parameters
+# of larger transformers. Next: [reading the sphere](reading.py).

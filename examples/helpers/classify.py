@@ -1,4 +1,4 @@
-"""Training of image classifiers: losses, batches, a step, and runs of many settings."""
+"""Training of image classifiers: losses, batches, a training step, and runs of many settings."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from flax import nnx
 
 Dataset: TypeAlias = tuple[np.ndarray, np.ndarray]  # images and labels
 
-OTHER_LEARNING_RATE = 0.01  # of all that is not compared
+OTHER_LEARNING_RATE = 0.01  # of the parameters that are not part of the comparison
 
 
 class Score(NamedTuple):
@@ -21,12 +21,12 @@ class Score(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a run trains, on what."""
+    """The network, the data and the length of a run."""
 
-    network: Callable[[int], nnx.Module]  # of a seed
+    network: Callable[[int], nnx.Module]  # from a seed
     train: Dataset
     test: Dataset
-    images: int  # of the training set, for one run; the rest is left out
+    images: int  # number of training images that one run uses; the others are held out
     batch_size: int
     epochs: int
 
@@ -38,7 +38,10 @@ class Task(NamedTuple):
 def forward(
     graph: Any, params: Any, stats: Any, images: jax.Array, labels: jax.Array, *, train: bool
 ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-    """The mean loss, and BatchNorm's new statistics and the accuracy; tested, the running ones."""
+    """Returns the mean loss, BatchNorm's new running statistics and the accuracy.
+
+    BatchNorm normalizes by batch statistics if `train`, else by the running ones.
+    """
     model = nnx.merge(graph, params, stats, copy=True)
     if not train:
         model.eval()
@@ -49,7 +52,10 @@ def forward(
 
 
 def functional_loss(model: nnx.Module) -> tuple[Callable[..., jax.Array], Any]:
-    """The loss as a function of parameters, images and labels; and the parameters in float64."""
+    """Returns the loss as a function of parameters, images and labels, and the parameters.
+
+    The parameters are in float64 where 64-bit types are enabled.
+    """
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = jax.tree.map(lambda leaf: leaf.astype(float), (params, rest))
 
@@ -61,7 +67,13 @@ def functional_loss(model: nnx.Module) -> tuple[Callable[..., jax.Array], Any]:
 
 
 def shuffled(rng: np.random.Generator, images: int | np.ndarray, size: int) -> np.ndarray:
-    """An epoch's batches (batches, size) of that many images, or of images with these numbers."""
+    """The shuffled image indices of one epoch, of shape (batches, size).
+
+    Args:
+      rng: Random generator.
+      images: The number of images, or an array of indices to shuffle.
+      size: Batch size.
+    """
     order = rng.permutation(images)
     return order[: len(order) // size * size].reshape(-1, size)
 
@@ -73,7 +85,7 @@ def train_step(
     images: jax.Array,
     labels: jax.Array,
 ) -> Any:
-    """The parameters, BatchNorm's statistics and the optimizer's state after a step."""
+    """Takes one step; returns the parameters, BatchNorm's statistics and the optimizer state."""
     params, stats, state = variables
     loss_fn = functools.partial(forward, graph, train=True)
     grads, (stats, _) = jax.grad(loss_fn, has_aux=True)(params, stats, images, labels)
@@ -84,22 +96,22 @@ def train_step(
 def with_adam(
     tx: optax.GradientTransformation, steps: int, chosen: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
-    """The transformation for the leaves where `chosen` gives True, and for the others one Adam.
+    """Applies `tx` to the leaves where `chosen` is True, and Adam to all other leaves.
 
-    Its learning rate falls along a cosine, and is the same whatever is compared.
+    Adam's learning rate decays along a cosine. It is the same for every `tx`.
     """
     rest = optax.adam(optax.cosine_decay_schedule(OTHER_LEARNING_RATE, steps))
     return optax.partition({True: tx, False: rest}, chosen)
 
 
-Run: TypeAlias = Callable[..., Score]  # of a setting, a seed, and whether to test
+Run: TypeAlias = Callable[..., Score]  # arguments: a setting, a seed, and whether to test
 
 
 def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation]) -> Run:
-    """Training with the optimizer of a setting, a number or tuple of numbers.
+    """Returns a function that trains with the optimizer of a setting and returns a score.
 
-    A seed sets the images trained on, their batches and the initial weights. The score is that on
-    the images left out, or on the test set.
+    A setting is a number or a tuple of numbers. The seed sets the training images, their batches
+    and the initial weights. The score is measured on the held-out images, or on the test set.
     """
     graph = nnx.graphdef(nnx.eval_shape(lambda: task.network(0)))
 
@@ -112,7 +124,7 @@ def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation
     def start(params: Any, setting: Any) -> Any:
         return optimizer(setting).init(params)
 
-    # Not a scan over the steps: XLA's convolutions on CPU are much slower in a loop.
+    # The steps are not one scan: on a CPU, XLA's convolutions are much slower inside a loop.
     @jax.jit
     def step(variables: Any, images: jax.Array, labels: jax.Array, setting: Any) -> Any:
         return train_step(graph, optimizer(setting), variables, images, labels)
@@ -139,5 +151,8 @@ def make_run(task: Task, optimizer: Callable[[Any], optax.GradientTransformation
 
 
 def finite_loss(loss: float) -> float:
-    """The loss, at most that of calling ten classes equally likely, which stands for divergence."""
+    """Clips the loss at log(10), which also replaces a loss that is not finite.
+
+    log(10) is the loss of a prediction that gives ten classes the same probability.
+    """
     return min(loss, math.log(10)) if math.isfinite(loss) else math.log(10)

@@ -1,9 +1,9 @@
-"""Optimizers of kernels that a norm follows, each with as many settings as any other.
+"""Optimizers of kernels that a norm follows, all with the same number of settings.
 
-A setting is a rate and, where there is one, a strength: of decay, of the pull towards the initial
-weights, or what is left after shrinking. Where there is none, twelve rates double from the first;
-where there is, three rates have four strengths each. Which to try, shorter runs of one seed said,
-that is not reported.
+A setting is a learning rate and, for some optimizers, a strength: of decay, of the pull towards the
+initial weights, or the factor that shrinks the weights. Optimizers without a strength have twelve
+rates, each twice the one before. The others have three rates with four strengths each. Shorter runs
+with a seed that is not reported chose these ranges.
 """
 
 from collections.abc import Callable
@@ -17,21 +17,21 @@ import spherical_optax as so
 
 
 class Spheres(NamedTuple):
-    """Groups of the same kernels."""
+    """Three kinds of groups of the same kernels."""
 
-    layers: so.Groups  # one a kernel
-    neurons: so.Groups  # one an output
-    invariant: so.Groups  # what the norm does not see
+    layers: so.Groups  # one per kernel
+    neurons: so.Groups  # one per output
+    invariant: so.Groups  # the radially invariant ones
 
 
 Make: TypeAlias = Callable[[optax.Schedule, Any, Spheres], optax.GradientTransformation]
 
 
 class Contender(NamedTuple):
-    make: Make  # of rate, strength and groups
+    make: Make  # from learning rate, strength and groups
     rates: tuple[float, ...]
     strengths: tuple[float, ...] = (0.0,)
-    shrinks: bool = False  # between tasks, by the strength
+    shrinks: bool = False  # shrinks the weights between tasks
 
 
 def matrices(tree: Any) -> Any:
@@ -81,13 +81,13 @@ DECAYS = (0.1, 0.3, 1.0, 3.0)
 RATES, ANGLES = doubled(1e-4), doubled(5e-4)
 
 CONTENDERS: dict[str, Contender] = {
-    # What people train with.
+    # Common optimizers.
     "sgd": Contender(lambda rate, *_: optax.sgd(rate, 0.9), doubled(1e-3)),
     "adam": Contender(lambda rate, *_: optax.adam(rate), RATES),
     "adamw": Contender(lambda rate, decay, _: optax.adamw(rate, weight_decay=decay), FEW, DECAYS),
     "muon": Contender(lambda rate, *_: muon(rate), RATES),
     "muon_decay": Contender(lambda rate, decay, _: muon(rate, decay), FEW, (0.3, 1.0, 3.0, 10.0)),
-    # Remedies of the field.
+    # Published remedies.
     "l2_init": Contender(
         lambda rate, strength, _: optax.chain(so.add_decay_to_initial(strength), optax.adam(rate)),
         FEW,
@@ -96,21 +96,21 @@ CONTENDERS: dict[str, Contender] = {
     "shrink_perturb": Contender(
         lambda rate, *_: optax.adam(rate), FEW, (0.3, 0.5, 0.7, 0.9), shrinks=True
     ),
-    # This library's.
+    # Optimizers of this library.
     "adamsrt": Contender(lambda rate, _, groups: so.adamsrt(rate, groups=groups.invariant), RATES),
     "adamp": Contender(
         lambda rate, decay, groups: so.adamp(rate, groups=groups.invariant, weight_decay=decay),
         FEW,
         DECAYS,
     ),
-    # By its angle, which learning rate and decay set together.
+    # The rate is the angle, which learning rate and decay set together.
     "rotational_adamw": Contender(
         lambda rate, _, groups: so.rotational(optax.scale_by_adam(), rate, groups=groups.neurons),
         ANGLES,
     ),
     "adamh": Contender(lambda rate, _, groups: so.adamh(rate, groups=groups.layers), ANGLES),
     "muonh": Contender(lambda rate, _, groups: so.muonh(rate, groups=groups.layers), ANGLES),
-    # The parts of adamh and muonh alone, and the same along the sign of momentum.
+    # The parts of adamh and muonh alone, and the same for the sign of momentum.
     "adam_radius": Contender(radius_alone("adam"), RATES),
     "adam_angle": Contender(angle_alone("adam"), ANGLES),
     "muon_radius": Contender(radius_alone("muon"), RATES),

@@ -1,4 +1,4 @@
-"""Options of the programs."""
+"""Validation of the programs' command-line options."""
 
 import pathlib
 import sys
@@ -6,9 +6,10 @@ from typing import Any
 
 
 def check_options(*options: tuple[str, Any, str, bool]) -> None:
-    """Exits with a message if an option is not valid.
+    """Exits with a message if an option is invalid.
 
-    Each option is its name, its value, what is expected, and whether the value is that.
+    Args:
+      *options: Tuples of name, value, description of valid values, and whether the value is valid.
     """
     program = pathlib.Path(sys.argv[0]).name
     for name, value, expected, valid in options:

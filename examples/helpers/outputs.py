@@ -1,6 +1,4 @@
-"""Looks at `--out` before the work starts, and prints tables: for every program here and in the
-benchmarks.
-"""
+"""Checks `--out` before the work starts, and prints tables. Used by examples and benchmarks."""
 
 import pathlib
 import sys
@@ -10,9 +8,13 @@ from typing import NoReturn
 
 
 def check_out(out: pathlib.Path, *names: str) -> None:
-    """Makes the directory, and exits with a message if one of these files cannot be written there.
+    """Creates the directory, and exits with a message if a file in it cannot be written.
 
-    What is there already stays as it is.
+    Existing files are not changed.
+
+    Args:
+      out: The directory.
+      *names: Names of the files that the program will write.
     """
     files, at = [out / name for name in names], out
     try:
@@ -37,7 +39,7 @@ def stop(path: pathlib.Path, expected: str, found: str) -> NoReturn:
 
 
 def print_rows(*rows: Sequence[str]) -> None:
-    """A head and rows of as many cells: the first column to the left, the others to the right."""
+    """Prints a header and rows: first column left-aligned, the other columns right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         aligned = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))

@@ -1,4 +1,4 @@
-"""Results of runs in a file: a program that was stopped goes on after the last one."""
+"""Keeps the results of runs in a file, so that a stopped program can resume."""
 
 import json
 import pathlib
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Runs:
-    """Finished runs by their key, in `runs.jsonl`; others are made when they are asked for.
+    """The results of finished runs by key, stored in `runs.jsonl`; missing runs are computed.
 
-    `fixed` is what all of them have in common. It is kept in `settings.json`: where it differs
-    from that of the runs that are there, the program exits with a message.
+    `fixed` holds the settings that all runs share, stored in `settings.json`. If they differ from
+    the settings of the stored runs, the program exits with a message.
     """
 
     def __init__(self, out: pathlib.Path, **fixed: Any) -> None:
@@ -19,7 +19,7 @@ class Runs:
         self.results: dict[tuple[Any, ...], Any] = {}
         _same(out, json.loads(json.dumps(fixed)))
         if self.path.exists():
-            # What stands after the last line's end was cut off when the program was killed.
+            # An incomplete last line means that the program was killed while writing it.
             whole, _, rest = self.path.read_text().rpartition("\n")
             if rest:
                 self.path.write_text(f"{whole}\n" if whole else "")
@@ -28,7 +28,7 @@ class Runs:
                 self.results[tuple(key)] = result
 
     def __call__(self, key: tuple[Any, ...], run: Callable[[], Any]) -> Any:
-        """The result of that key, a number or a list of numbers, from the file or from `run`."""
+        """The result of a key, a number or a list of numbers: stored, or computed by `run`."""
         if key not in self.results:
             self.results[key] = run()
             with self.path.open("a") as file:

@@ -1,4 +1,4 @@
-"""Text as tokens, and batches of its windows: in an order of their own, from any point on."""
+"""Text as tokens, and shuffled batches of its windows, which can resume at any batch."""
 
 import dataclasses
 import pathlib
@@ -14,13 +14,13 @@ Level = ("byte", "character")
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text's tokens, its last part held out.
+    """The tokens of a text, split into a training part and a held-out part.
 
     Attributes:
-      train: Tokens to train on.
-      held_out: Tokens that follow them.
-      symbols: What each token stands for.
-      bytes_per_token: Of the held-out part, in UTF-8.
+      train: Training tokens, the first part of the text.
+      held_out: Held-out tokens, the last part of the text.
+      symbols: The character of each token number.
+      bytes_per_token: Mean number of UTF-8 bytes per token in the held-out part.
     """
 
     train: np.ndarray
@@ -30,13 +30,14 @@ class Text:
 
 
 def read(path: pathlib.Path | None) -> str:
-    """The file's text, or the King James Bible where its Debian package is installed."""
+    """The text of a file; without a path, the King James Bible of Debian's package bible-kjv."""
     if path is None:
         program = shutil.which("bible")
         if program is None:
             raise SystemExit(
-                "language.py: --text: expected the path of a text in UTF-8, as Debian's package "
-                "bible-kjv is not installed; apt-get install bible-kjv gets the King James Bible."
+                "language.py: --text: expected the path of a text in UTF-8, because Debian's "
+                "package bible-kjv is not installed. apt-get install bible-kjv installs the King "
+                "James Bible."
             )
         command = [program, "-f", "Gen1:1-Rev22:21"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -52,7 +53,7 @@ def read(path: pathlib.Path | None) -> str:
 
 
 def encode(text: str, level: Literal["byte", "character"], held_out: float = 0.05) -> Text:
-    """Tokens of a text: its UTF-8 bytes, or its distinct characters, numbered."""
+    """Tokenizes a text: a token is a UTF-8 byte, or the number of a distinct character."""
     if level == "byte":
         tokens = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
         symbols = [chr(byte) if byte < 128 else "\N{REPLACEMENT CHARACTER}" for byte in range(256)]
@@ -66,7 +67,7 @@ def encode(text: str, level: Literal["byte", "character"], held_out: float = 0.0
 
 
 class Windows:
-    """Windows of a length that lie side by side, each with one token more, the last's target."""
+    """Adjacent windows of `length` inputs, each with one more token: the target of the last."""
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
         self.tokens, self.length = tokens, length
@@ -79,6 +80,6 @@ class Windows:
 
 
 def batches(tokens: np.ndarray, length: int, batch: int, seed: int) -> grain.DatasetIterator:
-    """Batches (batch, length + 1) without end, the windows shuffled anew for each pass."""
+    """An endless iterator of batches (batch, length + 1); windows are reshuffled every pass."""
     windows = grain.MapDataset.source(Windows(tokens, length)).seed(seed).shuffle().repeat()
     return iter(windows.batch(batch, drop_remainder=True).to_iter_dataset())

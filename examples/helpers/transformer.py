@@ -1,8 +1,8 @@
-"""A small decoder-only transformer, and which of its weights form groups for which optimizer.
+"""A small decoder-only transformer, and the groups of its weights for each optimizer.
 
-Blocks are those of today's models: RMSNorm in front of each branch, rotary positions, RMSNorm on
-queries and keys, a gated MLP, no biases. `normalized=True` makes it nGPT's, whose hidden states
-have length 1. Kernels are matrices `(in, out)`; heads are blocks of output channels.
+Each block has RMSNorm before each branch, rotary positions, RMSNorm on queries and keys (QK-norm),
+a gated MLP and no biases. `normalized=True` gives the nGPT variant, whose hidden states have
+length 1. Kernels are matrices `(in, out)`. Heads are blocks of output channels.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import spherical_optax as so
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Of a transformer."""
+    """The dimensions of a transformer."""
 
     layers: int
     width: int
@@ -27,16 +27,16 @@ class Size:
     context: int
     vocabulary: int
     normalized: bool = False
-    dtype: str = "float32"  # of the arithmetic; parameters are in float32
+    dtype: str = "float32"  # of the computation; parameters are always float32
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1."""
+    """Scales vectors along the last axis to length 1."""
     return x / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True).astype(x.dtype)
 
 
 def rotated(x: jax.Array) -> jax.Array:
-    """Rotary positions, of (batch, time, heads, head size)."""
+    """Applies rotary position embeddings to an array (batch, time, heads, head size)."""
     time, half = x.shape[1], x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
     angles = (jnp.arange(time)[:, None] * frequencies)[:, None]
@@ -67,7 +67,8 @@ class MLP(nnx.Module):
         linear = functools.partial(nnx.Linear, use_bias=False, dtype=size.dtype, rngs=rngs)
         self.gate, self.up = linear(size.width, size.hidden), linear(size.width, size.hidden)
         self.down = linear(size.hidden, size.width)
-        # Hidden states of length 1 have entries of about 1 / sqrt(width): scaled back, and learned.
+        # Hidden states of length 1 have entries of about 1 / sqrt(width). A learned scale, which
+        # starts at sqrt(width), undoes this.
         scale = size.width**0.5 if size.normalized else None
         self.scale = scale and nnx.Param(jnp.full(size.hidden, scale))
 
@@ -90,11 +91,11 @@ class Block(nnx.Module):
 
 
 class NormalizedBlock(nnx.Module):
-    """nGPT's: a step of learned size towards each branch's output, on the sphere."""
+    """A block of nGPT: moves x on the sphere by a learned amount towards each branch's output."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
         self.attention, self.mlp = Attention(size, rngs), MLP(size, rngs)
-        # An array each: of one array that both share, a step would donate the buffer twice.
+        # Two arrays: if both parameters shared one, a step would donate its buffer twice.
         rates = [nnx.Param(jnp.full(size.width, 1 / size.layers)) for _ in range(2)]
         self.attention_rate, self.mlp_rate = rates
 
@@ -105,7 +106,7 @@ class NormalizedBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """From tokens (batch, time) to logits (batch, time, vocabulary), float32."""
+    """Maps tokens (batch, time) to float32 logits (batch, time, vocabulary)."""
 
     def __init__(self, size: Size, rngs: nnx.Rngs) -> None:
         block = NormalizedBlock if size.normalized else Block
@@ -129,11 +130,11 @@ class Transformer(nnx.Module):
         return logits if self.logit_scale is None else logits * self.logit_scale[...]
 
 
-# One sphere per matrix, as AdamH and MuonH have it; embedding, head and gains have no group.
+# One group per matrix, for AdamH and MuonH. Embedding, head and norm scales have no group.
 MATRICES = so.groups_by_path({r"(q|k|v|o|gate|up|down)/kernel": so.per_layer()})
-# One per output neuron, as the rotational optimizers have it.
+# One group per output neuron, for the rotational optimizers.
 NEURONS = so.groups_by_path({r"(q|k|v|o|gate|up|down)/kernel": so.per_filter()})
-# Along the width, as nGPT has it.
+# One group per vector along the width, for nGPT.
 WIDTH = so.groups_by_path(
     {
         r"embedding|o/kernel|down/kernel": so.RadialGroup((0,)),
@@ -143,18 +144,18 @@ WIDTH = so.groups_by_path(
 
 
 def invariant(size: Size) -> so.Groups:
-    """What is radially invariant: each head of queries and keys, for the norm that follows."""
+    """The radially invariant groups: each head of queries and keys, because of QK-norm."""
     return so.groups_by_path({r"(q|k)/kernel": so.per_channel_block(size.heads)})
 
 
 def initialise(size: Size, seed: int) -> tuple[Any, Any]:
-    """The graph and the parameters, nested dictionaries of arrays."""
+    """The graph definition, and the initial parameters as nested dictionaries of arrays."""
     graph, params = nnx.split(Transformer(size, nnx.Rngs(seed)), nnx.Param)
     params = nnx.to_pure_dict(params)
     return graph, so.place_on_sphere(params, WIDTH, 1.0) if size.normalized else params
 
 
 def count(size: Size) -> int:
-    """Number of parameters."""
+    """The number of parameters."""
     shapes = jax.eval_shape(lambda: initialise(size, 0)[1])
     return sum(x.size for x in jax.tree.leaves(shapes))

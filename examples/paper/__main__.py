@@ -1,4 +1,4 @@
-"""The paper's experiments: any cell of its table, sweeps, the table itself, and plots.
+"""Reproduces the paper's experiments: cells of its table, sweeps, the whole table, and plots.
 
     python -m examples.paper run --data cifar-10-batches-py --model resnet18 --optimizer adamsrt
     python -m examples.paper sweep --data /usr/share/datasets/fashion-mnist --preset small
@@ -6,7 +6,7 @@
     python -m examples.paper plot
     python -m examples.paper --help
 
-Run it in the repository's root.
+Run these commands in the root of the repository.
 """
 
 import statistics
@@ -39,13 +39,13 @@ def run(options: Run, dataset: Dataset) -> None:
 
 
 def connect(options: Common) -> None:
-    """To the other processes, if there are any; before JAX looks for devices."""
+    """Connects to the other processes, if any. Call it before JAX looks for devices."""
     if options.coordinator is not None:
         jax.distributed.initialize(
             options.coordinator,
             options.processes,
             options.process,
-            coordinator_bind_address=options.coordinator,  # JAX's own: all addresses
+            coordinator_bind_address=options.coordinator,  # JAX's default: all addresses
         )
     elif options.distributed:
         jax.distributed.initialize()
@@ -96,5 +96,5 @@ def main(command: Command) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "examples.paper"  # what messages call it
+    sys.argv[0] = "examples.paper"  # the program's name in messages
     main(tyro.cli(Command, prog="python -m examples.paper", description=__doc__))

@@ -1,6 +1,6 @@
-"""A cell of the table: all that decides how one run ends, resolved from options.
+"""A cell of the table: everything that determines the result of one run.
 
-What is given wins over the preset, and that over the published table.
+An option that is given takes precedence over the preset, and the preset over the published table.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from .presets import PRESETS
 from .published import Model, Optimizer
 from .readers import Dataset
 
-Role: TypeAlias = Literal["search", "report"]  # a run for choosing a setting, or for the table
+Role: TypeAlias = Literal["search", "report"]  # the run chooses a setting, or is for the table
 SEEDS = {"published": (0,), "sound": (0, 1, 2, 3, 4)}
-LARGE = 128  # pixels from which ResNet18 takes its ImageNet form
+LARGE = 128  # from this image size in pixels on, ResNet18 takes its ImageNet form
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: with the same data, and on the same devices, the same bits."""
+    """One run. The same cell on the same data and devices gives the same bits."""
 
     data: str
     images: tuple[int, int]  # of the training and the test set
@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def recipe(self) -> "Cell":
-        """What the compiled program depends on: all but the traced numbers and the seed."""
+        """The part that determines the compiled program: all but traced numbers and seed."""
         blank = dict.fromkeys(Setting._fields, 0.0)
         return dataclasses.replace(self, seed=0, **blank)
 
@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A folder's name, which differs for cells that differ in anything."""
+        """The name of the run's folder, which is unique to the cell."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         parts = (self.data, self.model, self.optimizer, f"{self.learning_rate:g}")
@@ -78,19 +78,22 @@ class Cell:
 
 
 def first(*values: Any) -> Any:
-    """The first that was given."""
+    """The first value that is not `None`."""
     return next((value for value in values if value is not None), None)
 
 
 def of_optimizer(value: Any, optimizer: Optimizer) -> Any:
-    """A preset's value, which may differ between optimizers."""
+    """The optimizer's value if the preset has one per optimizer, else the common value."""
     return value.get(optimizer) if isinstance(value, Mapping) else value
 
 
 def make_cells(
     options: Common, dataset: Dataset, optimizer: Optimizer, grid: list[tuple[Any, Any]]
 ) -> list[Cell]:
-    """A cell for each learning rate and decay of the grid, with seed 0; `None`: the default."""
+    """Makes a cell with seed 0 for each pair (learning rate, weight decay) of the grid.
+
+    `None` in a pair stands for the default.
+    """
     preset = PRESETS[options.preset] if options.preset else {}
     model = first(options.model, preset.get("model"))
     if model is None:
@@ -101,7 +104,7 @@ def make_cells(
     size = first(options.image_size, dataset.shape[0] if dataset.shape else 224)
 
     def value(name: str, fallback: Any) -> Any:
-        """`fallback` is that of the table, `None` where it has none."""
+        """The option, else the preset's value, else `fallback`; exits if there is none."""
         found = first(getattr(options, name), of_optimizer(preset.get(name), optimizer), fallback)
         if found is None:
             raise missing(f"--{name.replace('_', '-')}", source, model, optimizer)
@@ -197,7 +200,7 @@ def seeds_of(options: Common) -> tuple[int, ...]:
 def run_cell(options: Run, dataset: Dataset) -> Cell:
     preset: dict[str, Any] = PRESETS[options.preset] if options.preset else {}
     if options.preset and None in (options.learning_rate, options.weight_decay):
-        # A preset has a grid; its middle is where a single run starts.
+        # A preset has a grid. A single run takes the middle of it.
         rates, decays = (
             of_optimizer(preset.get(name, {}), options.optimizer)
             for name in ("learning_rates", "weight_decays")
@@ -210,7 +213,7 @@ def run_cell(options: Run, dataset: Dataset) -> Cell:
 
 
 def grid_cells(options: Sweep, dataset: Dataset, optimizer: Optimizer) -> list[Cell]:
-    """The grid of an optimizer: its learning rates times its decays."""
+    """The cells of an optimizer's grid: all its learning rates with all its weight decays."""
     preset: dict[str, Any] = PRESETS[options.preset] if options.preset else {}
     rates = first(
         options.learning_rates, of_optimizer(preset.get("learning_rates"), optimizer), (None,)

@@ -1,7 +1,7 @@
 """Images for training and evaluation: the split, the augmentation, and batches by grain.
 
-All that is random depends on the seed and on an image's place in the order alone: not on how
-many hosts, threads or restarts there were.
+Random numbers depend only on the seed and on an image's place in the order. They do not depend on
+the number of hosts, threads or restarts.
 """
 
 import math
@@ -31,7 +31,7 @@ MEANS = {
 
 
 class Source:
-    """Some images of a set, as grain reads them."""
+    """A subset of the images, as a data source for grain."""
 
     def __init__(self, images: Images, indices: np.ndarray) -> None:
         self.images, self.indices = images, indices
@@ -56,9 +56,16 @@ def split(
     train_images: int | None,
     test_images: int | None,
 ) -> Splits:
-    """A random part of the training set for validation, and as many of the rest as wanted.
+    """Splits the training set at random into images for validation and images for training.
 
-    With a part of 0 the test set validates, as published for ImageNet.
+    If `validation` is 0, the test set is used for validation, as published for ImageNet.
+
+    Args:
+      dataset: The data set.
+      seed: Seed of the split.
+      validation: Part of the training set for validation.
+      train_images: Number of training images to keep; `None`: all.
+      test_images: Number of test images to keep; `None`: all.
     """
     order = np.random.default_rng(seed).permutation(len(dataset.train))
     held_out = round(validation * len(order))
@@ -72,14 +79,15 @@ def split(
 
 
 def normalization(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel of pixels from 0 to 1.
+    """Mean and standard deviation per channel, of pixels from 0 to 1.
 
-    Published ones, ImageNet's for other images in files, and else those of the training set.
+    They are the published ones where there are any. Other data sets of image files use those of
+    ImageNet, other data sets in memory those of their training set.
     """
     if dataset.kind in MEANS or not isinstance(dataset.train, ArrayImages):
         mean, std = MEANS.get(dataset.kind, MEANS["imagenet"])
         return np.array(mean, np.float32), np.array(std, np.float32)
-    # Counted, not summed: exact, and without a copy of the images in floating point.
+    # From counts of each pixel value: exact, and without a floating-point copy of the images.
     images = dataset.train.images
     counts = np.stack(
         [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
@@ -90,11 +98,12 @@ def normalization(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.maximum(std, 1e-6).astype(np.float32)
 
 
-# Augmentation, of bytes: a border is black, as it was before normalization when published.
+# Augmentation works on uint8 images. Padding is black before normalization, as in the published
+# code.
 
 
 def crop(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Each image from another place of its padded self."""
+    """Crops each image at a random place from its padded version."""
     n, height, width, channels = images.shape
     shape = (n, height + 2 * PADDING, width + 2 * PADDING, channels)
     padded = np.zeros(shape, np.uint8)
@@ -105,12 +114,12 @@ def crop(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
 
 def flip(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Half of the images mirrored."""
+    """Mirrors each image with probability 1/2."""
     return np.where(draws[:, None, None, None] < 0.5, images[:, :, ::-1], images)
 
 
 def resize(image: np.ndarray, size: int, box: tuple[float, ...]) -> np.ndarray:
-    """A part of an image (left, top, right, bottom) as a square of another size."""
+    """Resizes a box (left, top, right, bottom) of an image to a square of the given size."""
     from PIL import Image
 
     pixels = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
@@ -119,7 +128,10 @@ def resize(image: np.ndarray, size: int, box: tuple[float, ...]) -> np.ndarray:
 
 
 def resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """8 to 100 % of the area at a ratio of 3/4 to 4/3, or the centre if that never fits."""
+    """Crops 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, and resizes the crop.
+
+    If no crop fits in ten attempts, it takes the center crop.
+    """
     height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
@@ -132,7 +144,7 @@ def resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre, where the shorter side is 8/7 of the size: 256 for 224."""
+    """Scales the shorter side to 8/7 of the size (256 for 224), and crops the center."""
     height, width = image.shape[:2]
     side = min(height, width) * 7 / 8
     top, left = (height - side) / 2, (width - side) / 2
@@ -140,9 +152,9 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 class Loading(NamedTuple):
-    """How images become batches."""
+    """How images are loaded into batches."""
 
-    size: int  # height and width; images of other sizes are cropped
+    size: int  # height and width; images of other sizes are cropped and resized
     host: int = 0
     hosts: int = 1
     threads: int = 2
@@ -151,7 +163,7 @@ class Loading(NamedTuple):
 def load(
     source: Source, indices: np.ndarray, rng: np.random.Generator, how: Augmentation, to: Loading
 ) -> Batch:
-    """This host's images of a batch, each with the random numbers of its place in the batch."""
+    """This host's images of a batch, augmented by random numbers of their place in the batch."""
     mine = np.arange(len(indices))[to.host :: to.hosts]
     draws = rng.random((len(indices), 4))[mine]
     images = []
@@ -172,7 +184,7 @@ def load(
 
 
 def in_batches(indices: Any, batch_size: int, load: Callable[..., Batch], to: Loading) -> Any:
-    # Batches of numbers first: grain's work for each element is more than that for an image.
+    # Batches the indices first: grain's cost per element is larger than that of loading an image.
     dataset = indices.batch(batch_size).random_map(load)
     options = grain.ReadOptions(num_threads=to.threads, prefetch_buffer_size=2 * to.threads)
     return iter(dataset.to_iter_dataset(options))
@@ -181,7 +193,7 @@ def in_batches(indices: Any, batch_size: int, load: Callable[..., Batch], to: Lo
 def training_batches(
     source: Source, batch_size: int, epochs: int, seed: int, how: Augmentation, to: Loading
 ) -> grain.DatasetIterator:
-    """This host's part of each batch, through all epochs; what fills no batch is left out."""
+    """This host's part of each batch, over all epochs; incomplete batches are dropped."""
     order: Any = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     order = order[: len(source) // batch_size * batch_size].repeat(epochs)
     return in_batches(
@@ -192,7 +204,7 @@ def training_batches(
 def evaluation_batches(
     source: Source, batch_size: int, seed: int, how: Augmentation, to: Loading
 ) -> grain.DatasetIterator:
-    """This host's part of each batch, in order; the last is filled up with images of weight 0."""
+    """This host's part of each batch, in order; the last is padded with images of weight 0."""
     n = len(source)
 
     def fill(indices: np.ndarray, rng: np.random.Generator) -> Batch:

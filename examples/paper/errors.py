@@ -1,13 +1,13 @@
-"""What is wrong with a file or an option, in one line."""
+"""One-line errors for invalid files and options."""
 
 from typing import Any
 
 
 class DataError(Exception):
-    """Where, what was expected there, and what was found."""
+    """An invalid file: where, what was expected there, and what was found."""
 
     def __init__(self, where: Any, expected: str, found: str) -> None:
-        # The text alone, so that it survives a thread's or a process's pickling.
+        # Only text, so that the error can be pickled between threads and processes.
         super().__init__(" ".join(f"{where}: expected {expected}, found {found}".split()))
 
 

@@ -1,8 +1,8 @@
 """ResNet18 in its CIFAR and its ImageNet form, ResNet20 and VGG16, with PyTorch's defaults.
 
-Convolutions have no bias, and BatchNorm follows each: every filter is a radially invariant
-group, which `GROUPS` says. `width` is the number of channels of the first stage; the published
-one unless given.
+Convolutions have no bias, and BatchNorm follows each of them. So every filter is a radially
+invariant group; `GROUPS` declares them. `width` is the number of channels of the first stage, by
+default the published one.
 """
 
 import functools
@@ -22,7 +22,7 @@ from .published import Model
 GROUPS = so.groups_by_path({r".*conv\d*(/\d+)?/kernel": so.per_filter()})
 WIDTHS: dict[Model, int] = {"resnet18": 64, "resnet20": 16, "vgg16": 64}
 EPSILON = 1e-5
-MOMENTUM = 0.9  # of the running statistics: PyTorch's 0.1 counts the other way
+MOMENTUM = 0.9  # of the running statistics; PyTorch calls this 0.1
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -32,8 +32,8 @@ def at_least_float32(dtype: Any) -> Any:
 class BatchNorm(nnx.Module):
     """BatchNorm over the whole batch, or over each of `parts` equal parts of it.
 
-    Statistics are float32 at least. The running variance is the unbiased one, as in PyTorch,
-    and that of several parts is their mean.
+    Statistics are at least float32. The running variance is unbiased, as in PyTorch. Running
+    statistics of several parts are averaged.
     """
 
     def __init__(self, channels: int, *, parts: int = 1, dtype: Any = jnp.float32) -> None:
@@ -61,16 +61,16 @@ class BatchNorm(nnx.Module):
 
     def _normalize(self, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
         factor = self.scale[...] * jax.lax.rsqrt(var + EPSILON)
-        # One product and one sum per entry, in float32 before the cast.
+        # One product and one sum per entry, in at least float32, then the cast.
         shift = self.bias[...] - mean * factor
         return (x.astype(at_least_float32(self.dtype)) * factor + shift).astype(self.dtype)
 
 
 class Layers:
-    """Makes the layers that the networks share, of one dtype and one way of BatchNorm."""
+    """Makes the layers of a network, all of one dtype and one kind of BatchNorm."""
 
     def __init__(self, seed: int, parts: int, dtype: Any) -> None:
-        # NumPy's numbers: JAX's take half a minute to compile for so many shapes on a CPU.
+        # NumPy's random numbers: compiling JAX's for so many shapes takes half a minute on a CPU.
         self.rng, self.rngs, self.dtype = np.random.default_rng(seed), nnx.Rngs(0), dtype
         self.norm = functools.partial(BatchNorm, parts=parts, dtype=dtype)
 
@@ -80,7 +80,7 @@ class Layers:
             outside,
             (size, size),
             strides=stride,
-            padding=(size - 1) // 2,  # on both sides; "SAME" would shift where the stride is 2
+            padding=(size - 1) // 2,  # symmetric as in PyTorch; "SAME" is not with stride 2
             use_bias=False,
             kernel_init=self.uniform(size * size * inside),
             dtype=self.dtype,
@@ -92,7 +92,7 @@ class Layers:
         return nnx.Linear(inside, outside, kernel_init=uniform, bias_init=uniform, rngs=self.rngs)
 
     def uniform(self, fan_in: int) -> Callable[..., jax.Array]:
-        """PyTorch's kaiming_uniform_(a=sqrt(5)): between plus and minus fan_in^(-1/2)."""
+        """PyTorch's kaiming_uniform_(a=sqrt(5)): uniform within plus or minus fan_in^(-1/2)."""
         bound = fan_in**-0.5
 
         def init(key: Any, shape: Sequence[int], *_: Any) -> jax.Array:
@@ -103,7 +103,7 @@ class Layers:
 
 
 class Block(nnx.Module):
-    """Two convolutions, and a shortcut that is one of size 1 where the shape changes."""
+    """Two convolutions and a shortcut; if the shape changes, the shortcut is a 1x1 convolution."""
 
     def __init__(self, layers: Layers, inside: int, outside: int, stride: int) -> None:
         self.conv1, self.norm1 = layers.conv(inside, outside, 3, stride), layers.norm(outside)
@@ -120,7 +120,7 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Stages of blocks, each twice as wide and half as large as the one before."""
+    """Stages of blocks; each stage has twice the channels and half the resolution of the last."""
 
     def __init__(
         self,
@@ -154,9 +154,10 @@ class ResNet(nnx.Module):
 
 
 class VGG(nnx.Module):
-    """Convolutions in five stages with a max-pool after each, and one linear layer."""
+    """Five stages of convolutions, each followed by a max-pool, and one linear layer."""
 
-    STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # width over the first one's, convolutions
+    # Of each stage: width relative to the first stage, and number of convolutions.
+    STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 
     def __init__(self, layers: Layers, channels: int, classes: int, width: int) -> None:
         convs, norms, inside = [], [], channels
@@ -169,7 +170,7 @@ class VGG(nnx.Module):
         self.linear = layers.linear(inside, classes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Five halvings need 32 pixels: smaller images, as Fashion-MNIST's, get a border.
+        # Five max-pools need 32 pixels: smaller images, such as Fashion-MNIST's, are padded.
         border = [(max(32 - side, 0) // 2, (max(32 - side, 0) + 1) // 2) for side in x.shape[1:3]]
         x = jnp.pad(x, ((0, 0), *border, (0, 0)))
         layer = 0
@@ -192,7 +193,7 @@ def make_model(
     parts: int = 1,
     dtype: Any = jnp.float32,
 ) -> nnx.Module:
-    """A network with its initial weights; `large` takes ResNet18's ImageNet form."""
+    """Makes a network with initial weights; `large` selects ResNet18's ImageNet form."""
     layers = Layers(seed, parts, dtype)
     width = width or WIDTHS[name]
     if name == "vgg16":

@@ -1,6 +1,7 @@
-"""The optimizers of the table, each from numbers that may be traced.
+"""The optimizers of the table. Their hyperparameters may be traced.
 
-Built inside the jitted step, so that all learning rates, decays and betas share one compilation.
+They are built inside the jitted step, so that all learning rates, weight decays and betas share one
+compilation.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,13 @@ import spherical_optax as so
 from .models import GROUPS
 from .published import Optimizer
 
-EPSILON = 1e-8  # Optax's default, as PyTorch's
+EPSILON = 1e-8  # the default of Optax and PyTorch
 
 Number: TypeAlias = Any  # a float, or a traced array
 
 
 class Setting(NamedTuple):
-    """What differs between the runs of one optimizer; `b1` is the momentum of SGD."""
+    """The hyperparameters of a run; `b1` is also the momentum of SGD."""
 
     learning_rate: Number
     weight_decay: Number
@@ -27,7 +28,7 @@ class Setting(NamedTuple):
     b2: Number
 
 
-Schedule: TypeAlias = Callable[[Number], optax.Schedule]  # of the initial learning rate
+Schedule: TypeAlias = Callable[[Number], optax.Schedule]  # from the initial learning rate
 
 
 def make_optimizer(
@@ -35,8 +36,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of that name.
 
-    Decay is L2, added to the gradient, on all parameters: of AdamW and rotational AdamW it is
-    decoupled, and on the fixed spheres of AdamG and Hyperball there is none.
+    Weight decay acts on all parameters, as L2 that is added to the gradient. Exceptions: it is
+    decoupled for AdamW and rotational AdamW, and it does not act on the groups of AdamG and
+    Hyperball, whose radius is fixed.
     """
     rate, decay = schedule(setting.learning_rate), setting.weight_decay
     b1, b2 = setting.b1, setting.b2
@@ -64,9 +66,9 @@ def make_optimizer(
 
 
 def record(name: Optimizer, tx: optax.GradientTransformation, setting: Setting) -> Any:
-    """The optimizer, with radius, angle and effective learning rate of each step in its state.
+    """Adds recorders, which keep radius, angle and effective learning rate in the state.
 
-    There is no effective learning rate where another running mean sets the angle.
+    Rotational AdamW has no effective learning rate, as its angle depends on another running mean.
     """
     if name != "rotational_adamw":
         adam = {"b1": setting.b1, "b2": setting.b2, "eps": EPSILON}

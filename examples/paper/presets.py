@@ -1,8 +1,8 @@
-"""Values for small machines, by option; a dictionary where optimizers differ.
+"""Presets for small machines: a value per option, or a dictionary with a value per optimizer.
 
-`small`: every optimizer gets four learning rates, a factor of about 3 apart, times two decays.
-Decay of AdamG and Hyperball acts outside their spheres only, and that of rotational AdamW sets
-an angle: it is larger.
+`small` gives every optimizer four learning rates, a factor of about 3 apart, and two weight decays.
+With AdamG and Hyperball, weight decay acts only on parameters without a group. With rotational
+AdamW it sets the angle per step, so its values are larger.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
 """The published tables as data: results, hyperparameters and protocol of every cell.
 
-Roburin et al., Spherical perspective on learning with normalization layers, 2022: the README
-and the code that belong to it. Accuracies in percent, as mean and standard deviation over a
-number of runs that is not stated; there are none of SGD-MRT.
+The source is the README and the code of Roburin et al., Spherical perspective on learning with
+normalization layers, 2022. Accuracies are in percent, as mean and standard deviation over a number
+of runs that is not stated. There are none for SGD-MRT.
 
-What is remarkable in them: AdamW's two cells of CIFAR100 look swapped; the AdamG row cannot
-come from the published code, whose branch is inverted; AdamW's decay is missing for ResNet20, so
-that PyTorch's default of 1e-2 applies.
+Three things are remarkable. AdamW's two cells of CIFAR100 look swapped. The AdamG row cannot come
+from the published code, in which a branch is inverted. AdamW's weight decay is missing for
+ResNet20, so PyTorch's default of 1e-2 applies.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Model: TypeAlias = Literal["resnet18", "resnet20", "vgg16"]
 Source: TypeAlias = Literal["cifar10", "cifar100", "svhn", "imagenet"]
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-PUBLISHED: tuple[Optimizer, ...] = OPTIMIZERS[:7]  # the others are here to be compared with
+PUBLISHED: tuple[Optimizer, ...] = OPTIMIZERS[:7]  # the others are added for comparison
 CELLS: tuple[tuple[Source, Model], ...] = (
     ("cifar10", "resnet20"),
     ("cifar10", "resnet18"),
@@ -41,14 +41,14 @@ CELLS: tuple[tuple[Source, Model], ...] = (
 
 
 class Accuracy(NamedTuple):
-    """In percent, over the test set."""
+    """Test accuracy in percent."""
 
     mean: float
     std: float
 
 
 class Hyperparameters(NamedTuple):
-    """`b1` is the momentum of SGD, which has no `b2`."""
+    """Published hyperparameters; for SGD, `b1` is the momentum, and `b2` is not used."""
 
     learning_rate: float
     weight_decay: float
@@ -65,7 +65,7 @@ class Protocol:
     epochs: int = 405
     milestones: tuple[float, ...] = (1 / 3, 5 / 9, 7 / 9)  # epochs 135, 225 and 315
     factor: float = 0.1  # of the learning rate, after each
-    validation: float = 0.05  # of the training set; 0: the test set validates
+    validation: float = 0.05  # part of the training set; 0: the test set is used for validation
 
 
 PROTOCOLS: dict[Source, Protocol] = {
@@ -90,7 +90,7 @@ _RESULTS: dict[Optimizer, str] = {
     " | 68.93 .19",
 }
 
-# Of each cell in the order of CELLS: b2, and the decay in units of 1e-6.
+# For each cell in the order of CELLS: b2, and the weight decay in units of 1e-6.
 _SETTINGS: dict[Optimizer, str] = {
     "adam": ".99 500 | .999 7.8125 | .999 31.25 | .999 125 | .99 62.5 | .999 0 | .99 0"
     " | .99 7.8125",
@@ -115,7 +115,7 @@ LEARNING_RATES: dict[Optimizer, float] = {
 }
 B1 = 0.9
 
-# Of which the decays above seem to come.
+# The grid from which the weight decays above seem to come.
 DECAY_GRID: tuple[float, ...] = (0.0, *(5e-4 / 2**k for k in range(6, -1, -1)))
 
 

@@ -1,14 +1,16 @@
-"""Data sets from local files, whose kind is seen from the files: uint8 images, integer labels.
+"""Reads data sets from local files as uint8 images and integer labels.
+
+The kind of a data set is recognized by its files:
 
 | kind | files |
 | --- | --- |
 | CIFAR10, CIFAR100 | python version (`data_batch_1`, ...; `train`) or binary (`.bin`) |
 | SVHN | `train_32x32.mat`, `test_32x32.mat` |
 | MNIST, Fashion-MNIST, others | IDX, `train-images-idx3-ubyte` and so on, gzipped or not |
-| class folders | `train/CLASS/*.jpeg`, `val/CLASS/*.jpeg` (or `test`); of 1000 classes: ImageNet |
+| class folders | `train/CLASS/*.jpeg`, `val/CLASS/*.jpeg` (or `test`); ImageNet if 1000 classes |
 | ArrayRecord | `*train.array_record*`, `*validation.array_record*`, `label.labels.txt` |
 
-What is wrong with a file is a `DataError`: its path, what was expected, what was found.
+An invalid file raises a `DataError` with its path, what was expected and what was found.
 """
 
 import gzip
@@ -27,7 +29,7 @@ Example = tuple[np.ndarray, int]  # uint8 (height, width, channels), and a label
 
 
 class Images(Protocol):
-    """Images by number; those of one set may differ in size."""
+    """A sequence of images with labels; the images may differ in size."""
 
     def __len__(self) -> int: ...
 
@@ -39,7 +41,7 @@ class Dataset(NamedTuple):
     train: Images
     test: Images
     classes: int
-    shape: tuple[int, int, int] | None  # of every image; None: they differ
+    shape: tuple[int, int, int] | None  # of every image; None: sizes may differ
 
 
 class Arrays(NamedTuple):
@@ -61,7 +63,7 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Image files, decoded when they are asked for."""
+    """Image files, decoded on access."""
 
     def __init__(self, files: list[tuple[pathlib.Path, int]]) -> None:
         self.files = files
@@ -75,8 +77,8 @@ class FolderImages:
 
 
 def decode(data: bytes, where: Any) -> np.ndarray:
-    """The RGB image in the bytes of a file."""
-    from PIL import Image  # not needed for the other kinds
+    """Decodes the bytes of an image file to RGB."""
+    from PIL import Image  # not needed for other kinds of data sets
 
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -86,7 +88,7 @@ def decode(data: bytes, where: Any) -> np.ndarray:
 
 
 def read(path: pathlib.Path) -> Dataset:
-    """The data set in a folder."""
+    """Reads the data set in a folder."""
     if not path.is_dir():
         raise DataError(path, "a folder", "a file" if path.exists() else "nothing")
     for reader, recognizes in READERS:
@@ -104,7 +106,7 @@ def in_memory(
     train: list[tuple[pathlib.Path, Arrays]],
     test: tuple[pathlib.Path, Arrays],
 ) -> Dataset:
-    """A data set from the arrays of its files, after a look at their labels and shapes."""
+    """Makes a data set from the arrays of its files, and checks labels and shapes."""
     shape = train[0][1].images.shape[1:]
     for path, (images, labels) in (*train, test):
         if len(images) == 0:
@@ -123,7 +125,7 @@ def in_memory(
 
 
 def load_bytes(path: pathlib.Path) -> bytes:
-    """A file's content, unpacked if it is gzipped."""
+    """The content of a file, decompressed if it is gzipped."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
@@ -136,7 +138,7 @@ def load_bytes(path: pathlib.Path) -> bytes:
         raise DataError(path, expected, str(error)) from error
 
 
-# CIFAR: rows of 3072 bytes, the three channels one after the other.
+# CIFAR: an image is a row of 3072 bytes, one channel after the other.
 
 
 def cifar_images(rows: np.ndarray) -> np.ndarray:
@@ -144,7 +146,7 @@ def cifar_images(rows: np.ndarray) -> np.ndarray:
 
 
 def read_cifar_python(path: pathlib.Path, *, fine: bool) -> Arrays:
-    """A file of the python version, which is a pickle: nothing in it is executed."""
+    """Reads a file of the Python version. It is a pickle; nothing in it is executed."""
     content = unpickle.loads(load_bytes(path), path)
     name = b"fine_labels" if fine else b"labels"
     if not isinstance(content, dict) or not {b"data", name} <= content.keys():
@@ -164,7 +166,10 @@ def read_cifar_python(path: pathlib.Path, *, fine: bool) -> Arrays:
 
 
 def read_cifar_binary(path: pathlib.Path, *, fine: bool) -> Arrays:
-    """A file of the binary version: a label byte, of CIFAR100 a coarse and a fine one, pixels."""
+    """Reads a file of the binary version.
+
+    An image is a label byte followed by its pixels. CIFAR100 has a coarse and a fine label byte.
+    """
     data = load_bytes(path)
     start = 2 if fine else 1
     if len(data) == 0 or len(data) % (start + 3072):
@@ -187,17 +192,17 @@ def read_cifar(path: pathlib.Path) -> Dataset:
     return in_memory(f"cifar{classes}", classes, train_files, test_file)
 
 
-# SVHN: images on the last axis; the digit 0 has label 10.
+# SVHN: the last axis counts the images; the digit 0 has label 10.
 
 
 def read_mat(path: pathlib.Path) -> Arrays:
-    import scipy.io  # not needed for the other kinds
+    import scipy.io  # not needed for other kinds of data sets
 
     data = load_bytes(path)
     try:
         names = [name for name, *_ in scipy.io.whosmat(io.BytesIO(data))]
         content = scipy.io.loadmat(io.BytesIO(data), variable_names=["X", "y"])
-    except Exception as error:  # scipy raises whatever the bytes lead to
+    except Exception as error:  # on damaged files scipy raises errors of any type
         raise DataError(path, "a whole MATLAB file", f"{error}" or type(error).__name__) from error
     if not {"X", "y"} <= content.keys():
         raise DataError(path, "the variables X and y", f"{names}")
@@ -222,9 +227,10 @@ def read_svhn(path: pathlib.Path) -> Dataset:
     return in_memory("svhn", 10, [train], test)
 
 
-# IDX: two zero bytes, 8 for bytes, the number of axes, each axis's length, and the entries.
+# IDX: two zero bytes, 8 (the type code of bytes), the number of axes, the length of each axis, and
+# the entries.
 
-# MNIST and Fashion-MNIST have files of the same names: their first labels differ.
+# MNIST and Fashion-MNIST have files of the same names. Their first labels tell them apart.
 FIRST_LABELS = {
     "mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4],
     "fashion-mnist": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5],
@@ -293,11 +299,11 @@ def read_folders(path: pathlib.Path) -> Dataset:
     return Dataset(kind, *parts, len(classes), None)
 
 
-# ArrayRecord, as TensorFlow Datasets writes it.
+# ArrayRecord files written by TensorFlow Datasets.
 
 
 class RecordImages:
-    """Encoded images in ArrayRecord files, decoded when they are asked for."""
+    """Encoded images in ArrayRecord files, decoded on access."""
 
     def __init__(self, files: list[pathlib.Path], classes: int) -> None:
         self.source, self.classes = records.open_files(files), classes

@@ -1,7 +1,7 @@
-"""Records of ArrayRecord files: the image and the label in a `tf.train.Example`, by hand.
+"""Reads ArrayRecord files: the image and the label of each `tf.train.Example`.
 
-An `Example` is a protocol buffer: a message of features, a map from names to lists of bytes,
-floats or integers.
+An `Example` is a protocol buffer, which is parsed here without TensorFlow. It holds features: a map
+from names to lists of bytes, floats or integers.
 
     Example { Features features = 1 }      Features { map<string, Feature> feature = 1 }
     Feature { BytesList = 1 | FloatList = 2 | Int64List = 3 }     *List { repeated value = 1 }
@@ -13,12 +13,12 @@ from typing import Any
 
 from .errors import DataError
 
-NUMBER, BYTES = 0, 2  # kinds of fields
-SIZES = {1: 8, 5: 4}  # of those of fixed size
+NUMBER, BYTES = 0, 2  # wire types of variable size: varint, and length-delimited
+SIZES = {1: 8, 5: 4}  # wire types of fixed size, in bytes
 
 
 def open_files(files: list[pathlib.Path]) -> Any:
-    """A sequence of the records of all files."""
+    """Opens the files as one sequence of records."""
     try:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
     except ImportError as error:
@@ -38,7 +38,7 @@ def open_files(files: list[pathlib.Path]) -> Any:
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that starts there, seven bits a byte, and where it ends."""
+    """Reads the number at a position, seven bits per byte; returns it and the end position."""
     value = shift = 0
     while True:
         byte = data[at]
@@ -51,7 +51,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message: numbers, or bytes."""
+    """The fields of a message, each as its field number and its value (a number or bytes)."""
     at = 0
     while at < len(data):
         key, at = varint(data, at)
@@ -73,7 +73,7 @@ def only(data: bytes, number: int) -> Iterator[Any]:
 
 
 def features(example: bytes) -> dict[str, list[Any]]:
-    """Lists of bytes and of integers by their names; floats are left out."""
+    """The features by name: lists of bytes or of integers. Lists of floats are left out."""
     found: dict[str, list[Any]] = {}
     for message in only(example, 1):
         for entry in only(message, 1):
@@ -87,7 +87,7 @@ def features(example: bytes) -> dict[str, list[Any]]:
 
 
 def integers(values: bytes) -> Iterator[int]:
-    """Integers one by one, or packed into one field."""
+    """Yields integers that are stored one per field or packed into one field."""
     for value in only(values, 1):
         if isinstance(value, int):
             yield signed(value)
@@ -103,7 +103,7 @@ def signed(value: int) -> int:
 
 
 def image_and_label(record: bytes, where: Any) -> tuple[bytes, int]:
-    """The features `image` (an encoded image) and `label`."""
+    """The features `image` (an encoded image) and `label` of a record."""
     try:
         found = features(record)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Results in the published table's form, beside the published numbers, and as curves."""
+"""Results as a table in the form of the published one, and as curves."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from .training import LAYER_METRICS, RESULT
 
 Result: TypeAlias = dict[str, Any]
 
-# Of a cell, what differs within a column; the rest is the same for all that is in it.
+# The fields of a cell that may differ within a column. All other fields are equal.
 VARIED = ("optimizer", "learning_rate", "weight_decay", "b1", "b2", "seed")
 TITLES = {
     "sgd": "SGD-M",
@@ -45,18 +45,18 @@ class Entry(NamedTuple):
     """One optimizer in one column: the runs of its best setting."""
 
     runs: list[Result]
-    settings: int  # that were tried
-    searched: bool  # whether the runs are only those of the search
+    settings: int  # number of settings tried
+    searched: bool  # whether there are runs of the search only
 
     @property
     def accuracies(self) -> list[float]:
-        """On the test set, or on the validation set while there are runs of the search only."""
+        """Test accuracies in %, or validation accuracies if there are runs of the search only."""
         name = "validation_accuracy" if self.searched else "test_accuracy"
         return [100 * run[name] for run in self.runs]
 
 
 class Column(NamedTuple):
-    """What was run on the same data in the same way."""
+    """All runs on the same data with the same network and protocol."""
 
     common: dict[str, Any]
     entries: dict[str, Entry]
@@ -67,7 +67,7 @@ class Column(NamedTuple):
 
     @property
     def description(self) -> str:
-        """What is not as published."""
+        """The options that describe how the column was run."""
         return ", ".join(f"{name.replace('_', ' ')} {self.common[name]}" for name in SHOWN)
 
 
@@ -85,7 +85,7 @@ SHOWN = (
 
 
 def read_results(out: pathlib.Path) -> list[Result]:
-    """Of all finished runs."""
+    """The results of all finished runs."""
     paths = sorted(out.glob(f"*/{RESULT}"))
     if not paths:
         raise stop(f"--out: {out}", f"folders with {RESULT}", "none")
@@ -108,9 +108,9 @@ def mean_validation(runs: list[Result]) -> float:
 
 
 def columns(results: list[Result]) -> list[Column]:
-    """Of each column and optimizer the setting of best mean validation accuracy.
+    """The columns, with the setting of best mean validation accuracy for each optimizer.
 
-    Runs of the search count where there are no others.
+    If an optimizer has runs of the search only, these are used.
     """
     found: dict[str, dict[str, dict[str, list[Result]]]] = {}
     for result in results:
@@ -136,7 +136,7 @@ def columns(results: list[Result]) -> list[Column]:
 
 
 def interval(values: list[float], confidence: float) -> tuple[float, float] | None:
-    """Of the mean, by Student's t; there is none of a single value."""
+    """The confidence interval of the mean (Student's t), `None` for a single value."""
     if len(values) < 2:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values))
@@ -168,7 +168,7 @@ def row(entry: Entry, column: Column, optimizer: Any, confidence: float) -> dict
 
 
 def number(mean: float, std: float | None) -> str:
-    """As in the published table: 95.10 (.04)."""
+    """Formats a mean and a standard deviation as the published table does: 95.10 (.04)."""
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ({std:.2f})".replace("(0.", "(.")
 
 
@@ -181,7 +181,7 @@ def measured(row: dict[str, Any]) -> str:
 
 
 def markdown(report: list[dict[str, Any]], confidence: float) -> str:
-    """Rows are optimizers; each column has the measured and the published accuracy."""
+    """The table as Markdown, with a row per optimizer, and measured and published accuracies."""
     head = ["", *(text for each in report for text in (f"{each['title']}, here", "published"))]
     lines = [head, ["---"] * len(head)]
     for optimizer in published.OPTIMIZERS:
@@ -197,7 +197,7 @@ def markdown(report: list[dict[str, Any]], confidence: float) -> str:
     notes = [
         f"Test accuracy in %: mean (sample standard deviation) [{100 * confidence:g} % confidence "
         "interval of the mean, Student's t], n seeds. Published: mean (std), runs not stated.",
-        "Of several settings that of best mean validation accuracy.",
+        "If several settings were tried: the one of best mean validation accuracy.",
     ]
     if any(row["search_only"] for each in report for row in each["rows"]):
         notes.append("* Validation accuracy of the search: no run has been tested yet.")
@@ -237,12 +237,15 @@ def make_table(options: Table) -> None:
 
 
 def curves(entry: Entry, value: Any) -> np.ndarray:
-    """A value after each epoch, a row for each seed."""
+    """A value after each epoch (columns) for each seed (rows)."""
     return np.array([[value(line) for line in run["history"]] for run in entry.runs], float)
 
 
 def plot_column(column: Column, path: pathlib.Path) -> None:
-    """Accuracy in the first row, below it the metrics of three layers: first, middle and last."""
+    """Plots loss and accuracy in the first row, and the metrics of three layers below.
+
+    The layers are the first, the middle and the last one.
+    """
     layers = list(next(iter(column.entries.values())).runs[0]["history"][0]["layers"])
     layers = sorted(layers, key=in_order)
     chosen = [layers[0], layers[len(layers) // 2], layers[-1]]
@@ -296,7 +299,7 @@ def plot_column(column: Column, path: pathlib.Path) -> None:
 
 
 def in_order(path: str) -> tuple[Any, ...]:
-    """The network's order: the stem before the blocks, numbers by value."""
+    """Sort key for the order in the network: the stem first, then by name and number."""
     parts = re.split(r"(\d+)", path)
     return (not path.startswith("stem"), *(int(p) if p.isdigit() else p for p in parts))
 

@@ -1,4 +1,4 @@
-"""Runs cells one after the other, and skips those that are finished."""
+"""Runs cells one after the other, and skips finished ones."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from .training import RESULT, train
 
 
 def finish(cells: Iterable[Cell], dataset: Dataset, options: Common, role: Role) -> Iterator[Any]:
-    """The result of each cell, from its file where there is one."""
+    """Yields the result of each cell: from its file if there is one, else by training."""
     for cell in cells:
         folder = options.out / f"{cell.name}{'-search' if role == 'search' else ''}"
         yield read_result(folder) or train(
@@ -46,7 +46,7 @@ def with_seeds(cells: Iterable[Cell], seeds: Iterable[int]) -> list[Cell]:
 
 
 def best_of(results: list[dict[str, Any]], cells: list[Cell]) -> Cell:
-    """The cell, seeds aside, of best mean validation accuracy."""
+    """The cell of best validation accuracy, as a mean over seeds; its seed is 0."""
     found: dict[Cell, list[float]] = {}
     for cell, result in zip(cells, results, strict=True):
         found.setdefault(dataclasses.replace(cell, seed=0), []).append(
@@ -56,9 +56,9 @@ def best_of(results: list[dict[str, Any]], cells: list[Cell]) -> Cell:
 
 
 def sweep(options: Sweep, dataset: Dataset) -> None:
-    """Optimizer by optimizer, so that its program is compiled once."""
+    """Runs the grid, one optimizer after the other, so that each program is compiled once."""
     seeds, search_seeds = seeds_of(options), search_seeds_of(options)
-    # All of them first: what is wrong with the last would show after hours.
+    # Makes all grids before the first run: an error in the last one would show after hours.
     grids = {name: grid_cells(options, dataset, name) for name in dict.fromkeys(options.optimizers)}
     settings = sum(map(len, grids.values()))
     total = settings * len(search_seeds) + len(grids) * len(seeds)

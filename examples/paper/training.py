@@ -1,8 +1,8 @@
 """One run: a compiled step over all devices, evaluation, checkpoints, selection.
 
-Everything that a run has become is in its carry: weights, statistics, the optimizer's state, and
-the sums of the epoch under way. With the place in the data it is the checkpoint, from which a run
-that was killed goes on to the same bits.
+The carry holds the whole state of a run: weights, statistics, optimizer state, and the sums over
+the current epoch. A checkpoint is the carry, the best weights so far, and the position in the data.
+A run that was killed resumes from it and ends with the same bits.
 """
 
 import dataclasses
@@ -41,12 +41,12 @@ LAYER_METRICS = ("radius", "angle", "effective learning rate")
 
 
 class Totals(NamedTuple):
-    """Sums over the images since the epoch's start."""
+    """Sums over the images since the start of the epoch."""
 
     loss: jax.Array
     correct: jax.Array
     images: jax.Array
-    layers: Any  # nested dictionaries: LAYER_METRICS of each layer, means over its filters
+    layers: Any  # nested dictionaries: LAYER_METRICS per layer, averaged over its filters
 
 
 class Carry(NamedTuple):
@@ -57,17 +57,17 @@ class Carry(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a checkpoint has beside arrays."""
+    """The part of a checkpoint that is not arrays."""
 
     step: int
-    place: dict[str, Any]  # of the iterator
+    place: dict[str, Any]  # the state of the iterator
     history: list[dict[str, Any]]
     best_epoch: int
     best_accuracy: float
 
 
 def make_schedule(cell: Cell, steps: int) -> Schedule:
-    """Of the initial learning rate, which may be traced."""
+    """The schedule as a function of the initial learning rate, which may be traced."""
     protocol = published.Protocol()
     if cell.schedule == "cosine":
         return lambda rate: optax.cosine_decay_schedule(rate, steps)
@@ -78,7 +78,7 @@ def make_schedule(cell: Cell, steps: int) -> Schedule:
 
 
 def layer_metrics(state: Any) -> Any:
-    """Of each layer LAYER_METRICS of the last step, means over its filters; NaN: not known."""
+    """LAYER_METRICS of the last step per layer, averaged over its filters; NaN if unknown."""
     sphere = optax.tree.get(state, "sphere")
     rates = optax.tree.get(state, "effective_learning_rate")
     if rates is None:
@@ -93,7 +93,7 @@ def layer_metrics(state: Any) -> Any:
 
 
 class Program:
-    """What is compiled once for all runs of a recipe: `start`, `step` and `evaluate`."""
+    """The functions that are compiled once for all runs of a recipe, such as `step`."""
 
     def __init__(self, cell: Cell, dataset: Dataset) -> None:
         devices = jax.device_count()
@@ -101,7 +101,7 @@ class Program:
             if getattr(cell, name) % devices:
                 option = f"--{name.replace('_', '-')}"
                 raise stop(option, f"a multiple of {devices}, the devices", getattr(cell, name))
-        # The number of steps is the same for all seeds, and so the schedule.
+        # The number of steps is the same for all seeds, and so is the schedule.
         sizes = [len(part) for part in split_of(cell, dataset)]
         self.epoch_steps = sizes[0] // cell.batch_size
         if self.epoch_steps == 0:
@@ -140,12 +140,12 @@ class Program:
             return (image.astype(jnp.float32) / 255 - mean) / std
 
         def weights(seed: int) -> tuple[Any, Any]:
-            # As NumPy arrays, which every host has alike.
+            # NumPy arrays, which are the same on every host.
             _, *parts = nnx.split(model(seed), nnx.Param, nnx.BatchStat)
             return jax.tree.map(np.asarray, tuple(parts))
 
         def start(params: Any, stats: Any) -> Carry:
-            # State does not depend on the numbers, and checks at init want known ones.
+            # The state does not depend on these numbers, and checks in `init` need concrete ones.
             state = optimizer(Setting(1e-3, 1e-3, 0.9, 0.99)).init(params)
             return Carry(params, stats, state, no_totals(state))
 
@@ -185,7 +185,7 @@ class Program:
         self.copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), **where)
 
     def place(self, batch: Batch) -> Any:
-        """The global batch, of which this process has its part."""
+        """Makes the global batch from this process's part."""
         return {
             name: jax.make_array_from_process_local_data(self.sharded, part)
             for name, part in batch.items()
@@ -198,12 +198,12 @@ def split_of(cell: Cell, dataset: Dataset) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def program_of(recipe: Cell, dataset: Dataset) -> Program:
-    """The last one only: those before it would keep their compiled programs in memory."""
+    """The program of a recipe. The cache keeps only the last one, to free compiled programs."""
     return Program(recipe, dataset)
 
 
 def accuracy(counts: Iterator[Any], protocol: str) -> float:
-    """Over all images, or as published: the mean over batches."""
+    """The accuracy over all images; with the published protocol, the mean over batches."""
     right, images = np.array(jax.device_get(list(counts)), np.float64).T
     return float((right / images).mean() if protocol == "published" else right.sum() / images.sum())
 
@@ -219,7 +219,7 @@ def train(
     threads: int | None = None,
     keep: bool = False,
 ) -> dict[str, Any]:
-    """Trains a cell, or goes on with it, and writes its result into the folder."""
+    """Trains a cell, or resumes it from a checkpoint, and writes its result to the folder."""
     program = program_of(cell.recipe, dataset)
     parts = split_of(cell, dataset)
     if threads is None:
@@ -229,7 +229,7 @@ def train(
     batches = training_batches(
         parts.train, cell.batch_size, cell.epochs, data_seed, cell.augmentation, loading
     )
-    # As published, validation images are augmented like those for training.
+    # The published protocol augments validation images as it does training images.
     plain = "none"
     validation_how = cell.augmentation if cell.protocol == "published" else plain
     if parts.validation is parts.test:
@@ -288,7 +288,7 @@ def train(
         result = {
             "cell": dataclasses.asdict(cell),
             "role": role,
-            # What chooses a setting has not seen the test set.
+            # Runs that choose a setting never see the test set.
             "test_accuracy": measure(*best, parts.test, plain, 0) if role == "report" else None,
             "validation_accuracy": at.best_accuracy,
             "best_epoch": at.best_epoch,
@@ -317,15 +317,15 @@ class Meter:
             disable=jax.process_index() != 0,
         )
         self.batch_size, self.step, self.start = cell.batch_size, step, time.perf_counter()
-        self.rate: float | None = None  # images per second, of the last interval
-        self.compiling = True  # in the first one
+        self.rate: float | None = None  # images per second in the last interval
+        self.compiling = True  # in the first interval
 
     def restart(self) -> None:
-        """Leaves out what was done since the last look, as evaluation."""
+        """Restarts the clock, to leave out the time of evaluation and checkpoints."""
         self.start = time.perf_counter()
 
     def show(self, step: int, totals: Totals) -> None:
-        loss, correct, images = jax.device_get(totals[:3])  # waits for the devices
+        loss, correct, images = jax.device_get(totals[:3])  # waits for the devices to finish
         now = time.perf_counter()
         speed = (step - self.step) * self.batch_size / (now - self.start)
         self.rate = None if self.compiling else speed
@@ -340,7 +340,7 @@ class Meter:
 
 
 def summary(totals: Totals) -> dict[str, Any]:
-    """Means of an epoch."""
+    """The means over an epoch."""
     totals = jax.device_get(totals)
     images = int(totals.images)
     layers = jax.tree.leaves_with_path(totals.layers)
@@ -357,12 +357,12 @@ def summary(totals: Totals) -> dict[str, Any]:
 
 
 def finite(value: Any) -> float | None:
-    """JSON has no other numbers."""
+    """The number, or `None` if it is not finite, which JSON cannot represent."""
     return float(value) if math.isfinite(value) else None
 
 
 def digest(tree: Any) -> str:
-    """Of the bits of arrays."""
+    """The SHA-256 hash of the bits of all arrays."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         total.update(np.asarray(leaf).tobytes())
@@ -370,7 +370,7 @@ def digest(tree: Any) -> str:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """All of it or nothing, whenever the program is killed."""
+    """Writes a JSON file atomically: a killed program leaves no partial file."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)

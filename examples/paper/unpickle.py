@@ -1,7 +1,7 @@
-"""Reads a pickle of byte arrays, lists and dictionaries without executing what it names.
+"""Reads a pickle of byte arrays, lists and dictionaries without executing code from it.
 
-A pickle names functions to call. Here all names but those of a NumPy array are refused, and
-these stand for functions below, which look at what they are given: nothing else is called.
+A pickle names functions to call. This reader refuses every name except those that a NumPy array
+needs. It maps these to the functions below, which check their arguments. Nothing else is called.
 """
 
 import io
@@ -16,18 +16,18 @@ from .errors import DataError
 
 
 class _Dtype:
-    """Stands for numpy.dtype, of bytes alone."""
+    """Replaces numpy.dtype; accepts only uint8."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         if name not in ("u1", b"u1"):
             raise pickle.UnpicklingError(f"an array of dtype {name!r}")
 
     def __setstate__(self, state: Any) -> None:
-        del state  # byte order, fields: of bytes there are none
+        del state  # byte order and fields, which uint8 does not have
 
 
 class _Array:
-    """Stands for an array until its content is there."""
+    """Replaces an array until its content is read."""
 
     value: np.ndarray | None = None
 
@@ -42,7 +42,7 @@ class _Array:
 
 
 class _Name:
-    """What a name in the pickle stands for: it can be called, and not be changed."""
+    """Replaces a function named in the pickle; it can be called, but not modified."""
 
     __slots__ = ("_call",)
 
@@ -57,7 +57,7 @@ class _Name:
 
 
 def _ndarray(*_: Any) -> None:
-    """Stands for numpy.ndarray, which is named but not called."""
+    """Replaces numpy.ndarray, which a valid pickle names but does not call."""
     raise pickle.UnpicklingError("an array of another form")
 
 
@@ -71,7 +71,7 @@ def _reconstruct(kind: Any, *_: Any) -> _Array:
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """Stands for codecs.encode, by which Python 3 writes bytes in old protocols."""
+    """Replaces codecs.encode, which Python 3 uses to write bytes in old protocols."""
     if type(text) is not str or encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"text in {encoding!r}")
     return text.encode("latin1")
@@ -97,11 +97,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def loads(data: bytes, where: Any) -> Any:
-    """What the pickle holds; arrays as values of the outermost dictionary only."""
+    """The content of the pickle. Arrays may only be values of the outermost dictionary."""
     try:
-        # As bytes: Python 2, which wrote CIFAR, had no other strings.
+        # Strings are read as bytes: CIFAR was written by Python 2, whose strings are bytes.
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle can raise errors of any type
         raise DataError(
             where,
             "a pickle of byte arrays, lists and dictionaries",

@@ -1,4 +1,4 @@
-"""Checks of what an optimizer is given: numbers where it is built, values and groups at `init`."""
+"""Checks of an optimizer's inputs: numbers when it is built, values and groups at `init`."""
 
 from spherical_optax._checks.numbers import (
     check_adam,

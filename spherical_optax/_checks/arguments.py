@@ -1,4 +1,4 @@
-"""A check of how an optimizer is called."""
+"""A check that `groups` is passed by name."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 def groups_by_name(factory: Callable[P, T]) -> Callable[P, T]:
-    """The same function, which says so where groups are given by position."""
+    """Wraps a function so that it raises a clear `TypeError` if groups are passed by position."""
 
     @functools.wraps(factory)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         if "groups" not in kwargs and any(map(_are_groups, args)):
             raise TypeError(
-                f"{factory.__name__}: expected groups by name, found them as a positional "
-                f"argument; write {factory.__name__}(..., groups=groups)."
+                f"{factory.__name__}: expected groups as a keyword argument, found them as a "
+                f"positional argument. Write {factory.__name__}(..., groups=groups)."
             )
         return factory(*args, **kwargs)
 

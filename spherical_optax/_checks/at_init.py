@@ -1,4 +1,4 @@
-"""What optimizers that keep each group's radius check at `init`."""
+"""The checks at `init` of optimizers that keep each group's radius."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from spherical_optax import _trees, geometry
-from spherical_optax._checks.direction import check_direction
+from spherical_optax._checks.direction import check_direction, check_other
 from spherical_optax._checks.values import check_values, warn_of_zeros
 from spherical_optax.groups import Groups, joints_at_init, joints_of
 from spherical_optax.transforms._center import off_center
@@ -16,17 +16,17 @@ from spherical_optax.transforms._center import off_center
 def require_spheres(
     who: str, groups: Groups, *, center: bool = False, warn: bool = False
 ) -> optax.GradientTransformation:
-    """Raises at `init` unless there are groups and each of them has a direction to turn.
+    """Raises at `init` unless there is a group and every group has a direction, a norm above 0.
 
-    With `center` groups must be centred too. With `warn` it warns of groups of length 0 where
-    their values are traced.
+    With `center`, every group must also have mean 0. With `warn`, there is a warning about groups
+    of norm 0 if their values are traced.
     """
 
     def check(params: optax.Params) -> None:
         leaves, joints = _trees.visible_leaves(params), joints_at_init(groups, params, who)
         if leaves and not joints:
             raise ValueError(
-                f"{who}: expected a group for at least one leaf, found none among "
+                f"{who}: expected a group for at least one parameter, found none among "
                 f"{[leaf.path for leaf in leaves]}."
             )
         check_values(
@@ -35,7 +35,7 @@ def require_spheres(
             joints,
             lambda x, joint: geometry.norm(x, joint) == 0,
             "groups of norm above 0",
-            "of norm 0; initialise them otherwise, or give the leaf no group",
+            "of norm 0. Initialize them to other values, or give the parameter no group",
         )
         if warn:
             warn_of_zeros(who, params, joints)
@@ -45,15 +45,18 @@ def require_spheres(
                 params,
                 joints,
                 off_center,
-                "centred groups, as center=True keeps them",
-                "with a mean; pass the parameters through center_params(params, groups) first",
+                "groups with mean 0, as center=True keeps them",
+                "with another mean. Pass params through center_params(params, groups) first",
             )
 
     return _at_init(check)
 
 
 def require_other(who: str, groups: Groups, other: Any) -> optax.GradientTransformation:
-    """Raises at `init` if leaves without a group would be trained at an angle."""
+    """Raises at `init` if leaves without a group have no optimizer, or one that moves them upwards.
+
+    The learning rate of the groups is an angle, which is too large for most other leaves.
+    """
 
     def check(params: optax.Params) -> None:
         grouped = {i for joint in joints_of(groups, params) for i in joint}
@@ -65,10 +68,12 @@ def require_other(who: str, groups: Groups, other: Any) -> optax.GradientTransfo
         ]
         if rest and other is None:
             raise ValueError(
-                f"{who}: expected other, the optimizer of leaves without a group, {rest}, found "
-                "None; the rate of the groups is an angle, and too much for most: pass the one "
-                "that they had, as in other=optax.adamw(1e-3)."
+                f"{who}: expected other, an optimizer for the parameters without a group, {rest}, "
+                "found None. Pass the optimizer that you had, as in other=optax.adamw(1e-3). The "
+                "learning rate of the groups is an angle, too large for most other parameters."
             )
+        if rest:
+            check_other(who, other, groups, params)
 
     return _at_init(check)
 
@@ -76,7 +81,7 @@ def require_other(who: str, groups: Groups, other: Any) -> optax.GradientTransfo
 def refuse_single_entries(
     who: str, groups: Groups, tx: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, which raises at `init` if groups have one entry."""
+    """Wraps a transformation so that `init` raises if a group has only one entry."""
 
     def init(params: optax.Params) -> optax.OptState:
         joints_at_init(groups, params, who)

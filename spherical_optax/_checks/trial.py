@@ -1,4 +1,4 @@
-"""Transformations tried on small arrays, before they are used."""
+"""Tries a transformation on small arrays before it is used."""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ import optax
 from spherical_optax import _trees
 from spherical_optax.groups import Joint, RadialGroup
 
-AFFORDABLE = 1_000_000  # entries of parameters that are tried in their own shapes
+AFFORDABLE = 1_000_000  # parameters with at most this many entries are tried in their own shapes
 
 
 class Trial(NamedTuple):
-    """A step on small arrays: trees like the parameters, with `None` where leaves are left out."""
+    """One step on small arrays, as trees like the parameters; a leaf that is left out is `None`."""
 
     params: Any
     gradients: Any
@@ -29,11 +29,13 @@ def trials(
 ) -> Iterator[list[Trial]]:
     """Runs of a few steps on small arrays with the parameters' paths and numbers of axes.
 
-    The first run has of paths that differ in digits only, as repeated layers' do, one leaf; the
-    second has all leaves, and the third all leaves of the parameters' shapes, if these are small.
-    One that fails, as the transformation needs other arguments, is left out; if all do, the last
-    one's error is raised. The loss is linear in the parameters, of which only paths, shapes and
-    dtypes are read, with the gradients of the step: with `same`, those of the first.
+    There are up to three runs. The first has one leaf of each kind: leaves of repeated layers,
+    whose paths differ only in digits, are of one kind. The second has all leaves. The third has all
+    leaves in their own shapes, if they have at most `AFFORDABLE` entries together. A run that fails
+    is skipped. If all runs fail, the error of the last one is raised.
+
+    Only paths, shapes and dtypes of the parameters are read. The gradients are random, and the loss
+    is the linear function that has them. With `same`, all steps have the gradients of the first.
     """
     leaves = _trees.visible_leaves(params)
     groups = {i: group for joint in joints for i, group in joint.items()}
@@ -71,20 +73,20 @@ def _run(
         )
 
     found = []
-    # The values are known where init is traced too, and whatever mesh is there.
+    # Values are concrete here even if `init` is traced, and do not depend on the current mesh.
     no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
     with jax.ensure_compile_time_eval(), jax.default_device(_cpu()), no_mesh:
         x, g = random(0.01), random(1.0)
         state = jax.jit(tx.init)(x)
 
         def loss(gradients: Any) -> Any:
-            # Above 0, which some take for the least value there is.
+            # The loss stays above 0, because some optimizers assume that 0 is its minimum.
             def value_fn(params: Any) -> jax.Array:
                 x = {leaf.keys: leaf.value for leaf in _trees.visible_leaves(params)}
                 terms = [
                     jnp.vdot(leaf.value, x[leaf.keys]).real
                     for leaf in _trees.visible_leaves(gradients)
-                    if leaf.value is not None and x.get(leaf.keys) is not None  # masked, else
+                    if leaf.value is not None and x.get(leaf.keys) is not None  # skips masked
                 ]
                 return jnp.asarray(1e3 + sum(terms))
 
@@ -93,7 +95,7 @@ def _run(
         @jax.jit
         def update(g: Any, state: Any, x: Any) -> Any:
             value, value_fn = loss(g)(x), loss(g)
-            searched = {"value": value, "grad": g, "value_fn": value_fn}  # as line searches ask
+            searched = {"value": value, "grad": g, "value_fn": value_fn}  # for line searches
             others = {"loss": value, "obj_fn": value_fn, "key": jax.random.key(0)}
             gradients = {"grad_fn": lambda *args: g}
             for more in (searched, searched | others | gradients, gradients, {}):
@@ -111,7 +113,7 @@ def _run(
 
 
 def _one_of_each_kind(leaves: list[_trees.Leaf], groups: dict[int, RadialGroup]) -> list[int]:
-    """Of paths that differ in their digits only, as repeated layers' do, the first."""
+    """The numbers of the first leaves of each kind: equal paths without digits, axes and group."""
     kinds: dict[Any, int] = {}
     for i, leaf in enumerate(leaves):
         group = groups.get(i)
@@ -121,7 +123,10 @@ def _one_of_each_kind(leaves: list[_trees.Leaf], groups: dict[int, RadialGroup])
 
 
 def _small(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStruct | None:
-    """The leaf with three entries along each axis, and in each block: two have one direction."""
+    """The leaf with at most three entries along each axis, and in each block.
+
+    With two entries per group, all tangent vectors would lie on one line.
+    """
     whole = _as_it_is(leaf, group)
     if whole is None:
         return None
@@ -140,7 +145,7 @@ def _as_it_is(leaf: _trees.Leaf, group: RadialGroup | None) -> jax.ShapeDtypeStr
 
 
 def _cpu() -> jax.Device | None:
-    """Where small programs compile quickly; `None`, the default device, if there is none."""
+    """The CPU, where small programs compile fast, or `None` (the default device) without one."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

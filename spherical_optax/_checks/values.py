@@ -1,4 +1,4 @@
-"""Checks of values: groups that are bad are counted where they can be read."""
+"""Checks of parameter values: bad groups are counted where their values can be read."""
 
 import math
 import warnings
@@ -22,11 +22,12 @@ def check_values(
     expected: str,
     found: str,
 ) -> None:
-    """Raises a `ValueError` that counts the groups that are bad, where their values are known.
+    """Raises a `ValueError` that counts the bad groups, where their values are known.
 
-    What is traced or abstract passes. Of each joint one number is read, which is the same on
-    every host. `bad` makes of a joint's arrays and the joint one truth value per group; what groups
-    should be, and how bad ones are put right, stands in `expected` and `found`.
+    Traced and abstract values pass. One number is read per joint, and it is the same on every host.
+
+    `bad` maps a joint's arrays and the joint to one truth value per group. In the message,
+    `expected` describes good groups, and `found` describes bad ones and how to put them right.
     """
     counts = _counts(params, joints, bad, _known)
     known = {number: count for number, count in counts.items() if _known(count)}
@@ -39,7 +40,7 @@ def check_values(
 
 
 def warn_of_zeros(who: str, params: Any, joints: list[Joint]) -> None:
-    """Warns of groups of length 0: at once, or from the host where the values are traced."""
+    """Warns of groups of length 0: at once, or by a host callback if the values are traced."""
     counts = _counts(
         params,
         joints,
@@ -58,9 +59,9 @@ def warn_of_zeros(who: str, params: Any, joints: list[Joint]) -> None:
         ]
         if bad:
             warnings.warn(
-                f"{who}: expected groups of length above 0, found 0 in {', '.join(bad)}: a step "
-                "relative to a length of 0 is none, so they never move; initialise them "
-                "otherwise, or give the leaf no group.",
+                f"{who}: expected groups of length above 0, found 0 in {', '.join(bad)}. Steps are "
+                "relative to the length, so these groups never move. Initialize them to other "
+                "values, or give the parameter no group.",
                 stacklevel=2,
             )
 
@@ -76,7 +77,7 @@ def _counts(
     bad: Callable[[dict[int, Any], Joint], jax.Array],
     readable: Callable[[Any], bool],
 ) -> dict[int, jax.Array]:
-    """How many groups of each joint are bad, by the joint's number, where they can be read."""
+    """The number of bad groups of each joint that can be read, by the joint's number."""
     leaves = _trees.visible_leaves(params)
     return {
         number: jnp.sum(bad(pick(joint, [leaf.value for leaf in leaves]), joint))
@@ -86,13 +87,13 @@ def _counts(
 
 
 def _named(params: Any, joint: Joint) -> tuple[str, int]:
-    """The paths of a joint's leaves, and how many groups it has."""
+    """The paths of a joint's leaves, and its number of groups."""
     leaves = _trees.visible_leaves(params)
     i, group = next(iter(joint.items()))
     return ", ".join(leaves[i].path for i in joint), math.prod(group.shape(leaves[i].value.shape))
 
 
 def _known(value: Any, traced: bool = False) -> bool:
-    """Whether this is an array whose values can be looked at, or is traced where that will do."""
+    """Whether this is an array whose values can be read; with `traced`, a tracer counts too."""
     array = isinstance(value, jax.Array | np.ndarray)
     return array and (traced or not isinstance(value, jax.core.Tracer))

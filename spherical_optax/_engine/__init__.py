@@ -1,5 +1,5 @@
-"""The engine: transformations of trees made of steps that are written for one group.
+"""The engine: builds transformations of trees from steps that are written for one group.
 
-A step says what becomes of one group, as combinations of a few vectors. The engine knows of
-trees, joint groups, blocks, dtypes and devices, so that steps need not.
+A step gives the new values of one group as linear combinations of a few vectors. The engine
+handles trees, joint groups, blocks, dtypes and devices.
 """

@@ -1,4 +1,4 @@
-"""Chains: neighbouring steps of the same groups go over the arrays together."""
+"""Chains: neighboring steps with equal groups share their passes over the arrays."""
 
 from typing import Any
 
@@ -14,27 +14,30 @@ from spherical_optax._engine.lift import Lifted, lift_together
 def chain(
     *transformations: optax.GradientTransformation, who: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """As `optax.chain`, but neighbours of this library go over the arrays together.
+    """Like `optax.chain`, but neighbors from this library share their passes over the arrays.
 
-    Two passes are enough for any number of transformations with equal `groups` that stand side by
-    side: one for all inner products, one for the update and all moments. So such a chain is as
-    fast, and takes as little memory, as this library's optimizers, which are written with it.
-    Optax's transformations may stand before, between and behind; `scale_by_learning_rates` is the
-    one that does not part its neighbours. The state is that of `optax.chain`.
+    Neighboring transformations with equal `groups` need two passes in total, however many they are:
+    one for all inner products, one for the update and all moments. Such a chain is as fast, and
+    takes as little memory, as this library's optimizers, which are built with it. The state is that
+    of `optax.chain`.
 
-    Updates leave in the dtypes of the parameters, and the states of Optax's transformations keep
-    theirs.
+    Optax's transformations may come before, between and after. Between two neighbors, an Optax
+    transformation separates them. To apply the learning rate there without separating them, use
+    `scale_by_learning_rates`.
+
+    Updates are returned in the dtypes of the parameters. The states of Optax's transformations keep
+    their own dtypes.
 
     Args:
       *transformations: Transformations, in the order in which they are applied.
-      who: The name of the optimizer that this is, for messages.
+      who: The name of the optimizer in error messages; "chain" if `None`.
 
     Returns:
-      A transformation whose state is a tuple of states, one for each.
+      A transformation whose state is a tuple with one state per transformation.
 
     Raises:
-      TypeError: If one of them is no transformation.
-      ValueError: In `update`, if the state is another chain's, or params are missing.
+      TypeError: If an argument is not a gradient transformation.
+      ValueError: In `update`, if the state comes from another chain, or if params are missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -74,7 +77,7 @@ def chain(
         if len(state) != len(transformations):
             raise ValueError(
                 f"{name}: expected the states of {len(transformations)} transformations, found "
-                f"{len(state)}: it was made by another chain; call init of this one."
+                f"{len(state)}. The state was made by another optimizer. Call init of this one."
             )
         states: list[Any] = []
         for run, update_run in zip(runs, updates_of_runs, strict=True):
@@ -90,7 +93,7 @@ def chain(
 
 
 def _join(a: optax.GradientTransformation, b: optax.GradientTransformation) -> bool:
-    """Whether two neighbours are steps of the same groups."""
+    """Whether two neighbors are steps with equal groups."""
     if not (isinstance(a, Lifted) and isinstance(b, Lifted)):
         return False
     skip = a.step.skips_single_entries, b.step.skips_single_entries
@@ -98,17 +101,17 @@ def _join(a: optax.GradientTransformation, b: optax.GradientTransformation) -> b
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two groups arguments say the same."""
+    """Whether two `groups` arguments are equal."""
     if a is b:
         return True
     try:
         return type(a) is type(b) and bool(a == b)
-    except (TypeError, ValueError):  # as of trees that hold arrays
+    except (TypeError, ValueError):  # raised by trees that hold arrays, for example
         return False
 
 
 def _update_of(who: str | None, run: list[Any], made_before: bool) -> Any:
-    """The update of neighbours that join, of updates and a list of states."""
+    """The update of neighbors that share passes, from updates and a list of states to the same."""
     if isinstance(run[0], Lifted):
         return lift_together([part.step for part in run], made_before, who)
     single = foreign(who or "chain", run[0])

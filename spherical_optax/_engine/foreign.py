@@ -1,4 +1,4 @@
-"""Transformations of others inside of ours: state that fits, and dtypes that stay."""
+"""Transformations of other libraries inside ours: their state is checked and keeps its dtypes."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from spherical_optax._engine.layout import OTHER_STATE, aligned, as_dtype_of, wi
 
 
 def foreign(who: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation that checks the shapes of its state first, and keeps its dtypes.
+    """Wraps a transformation so that it checks the shapes of its state, and keeps its dtypes.
 
-    Gradients narrower than their parameters are widened: Optax computes in the gradients' dtype.
+    Gradients narrower than their parameters are widened, because Optax computes in their dtype.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -34,7 +34,7 @@ def foreign(who: str, tx: optax.GradientTransformation) -> optax.GradientTransfo
 def check_state(
     who: str, tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
 ) -> None:
-    """Raises a `ValueError` where a leaf of the state fits none of these parameters."""
+    """Raises a `ValueError` if a leaf of the state does not fit its parameter."""
     shapes = {leaf.keys: np.shape(leaf.value) for leaf in _trees.visible_leaves(params)}
     kept = _of_others(state)
     owner = {
@@ -45,10 +45,10 @@ def check_state(
         if any(place[n:] in shapes for n in range(1, len(place) + 1))
     }
     if all(kept[place] == shapes[keys] for place, keys in owner.items()):
-        return  # the usual case, which costs no trace of init
+        return  # the usual case, which needs no trace of init
     wanted = _of_others(jax.eval_shape(tx.init, params))
     if wanted.keys() != kept.keys():
-        return  # another structure, of which the transformation itself says more
+        return  # the structures differ; the transformation itself raises a better error
     for place, keys in owner.items():
         if kept[place] != wanted[place]:
             raise ValueError(
@@ -58,7 +58,7 @@ def check_state(
 
 
 def _of_others(state: optax.OptState) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shapes in a state by path; transformations of ours look at theirs themselves."""
+    """The shapes in a state by path, without this library's states, which are checked elsewhere."""
     library = __name__.partition(".")[0]
 
     def ours(node: Any) -> bool:

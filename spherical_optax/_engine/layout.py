@@ -1,4 +1,4 @@
-"""Layout: what a transformation is given, leaf by leaf, resolved and checked once per update."""
+"""Layout: the inputs of a transformation, leaf by leaf, resolved and checked once per update."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -11,28 +11,28 @@ from spherical_optax.groups import Groups, Joint, RadialGroup, group_size, joint
 from spherical_optax.sharding import check_whole
 
 OTHER_STATE = (
-    ": it was made with other groups, or for other parameters; call init again, or pad it with "
-    "zeros where leaves grew"
+    ". The state was made with other groups, or for other parameters. Call init again, or pad the "
+    "state with zeros where parameters grew"
 )
 
 Shape: TypeAlias = tuple[int, ...]
 StateShape: TypeAlias = Callable[[Shape, RadialGroup | None], Shape]
-"""The shape of a leaf of the state, from the parameter's shape and group."""
+"""Maps a parameter's shape and group to the shape of its leaf in the state."""
 
 
 def per_entry(shape: Shape, group: RadialGroup | None) -> Shape:
-    """State like the parameters."""
+    """One value per entry of every leaf."""
     del group
     return shape
 
 
 def per_entry_in_groups(shape: Shape, group: RadialGroup | None) -> Shape:
-    """State like the parameters with a group, and one value on a leaf without."""
+    """One value per entry of a leaf with a group, and a single value for any other leaf."""
     return () if group is None else shape
 
 
 def per_group(shape: Shape, group: RadialGroup | None) -> Shape:
-    """One value per group, and one on a leaf without a group."""
+    """One value per group, and a single value for a leaf without a group."""
     return () if group is None else group.shape(shape)
 
 
@@ -42,19 +42,18 @@ def per_group_or_entry(shape: Shape, group: RadialGroup | None) -> Shape:
 
 
 class Layout(NamedTuple):
-    """What a transformation is given, as lists in the order of the parameters.
+    """The inputs of a transformation, as lists in the order of the parameters.
 
     Attributes:
-      tree: The parameters as they were given, `None` if they were not.
-      like: A tree with their paths.
-      params: The parameters.
-      joints: The leaves that form groups together.
-      rest: The leaves in no joint that can be scaled: not `None`, integers or float0.
-      updates: The updates, not narrower than their parameters; `None` stands for one that is
-        missing.
+      tree: The parameters as given to `update`, or `None`.
+      like: A tree with the paths of the parameters.
+      params: The leaves of `like`.
+      joints: The joints: leaves that form groups together.
+      rest: The leaves in no joint that can be scaled, that is, not `None`, integers or float0.
+      updates: The updates, at least as wide as their parameters; `None` if an update is missing.
       fields: The fields of the state.
-      trees: From lists of updates, and of the first fields, to trees.
-      extra_args: Those of the update.
+      trees: Maps a list of updates, and lists of the first fields, to trees.
+      extra_args: The extra arguments of `update`.
     """
 
     tree: Any
@@ -77,7 +76,7 @@ class Layout(NamedTuple):
         skips_single_entries: bool = False,
         keeps_radius: bool = False,
     ) -> "Layout":
-        """The layout of the parameters alone, after a closer look at their groups."""
+        """The layout of the parameters alone, after the checks that groups get at `init`."""
         joints = joints_at_init(groups, params, who if keeps_radius else None)
         return cls._of(who, joints, params, params, skips_single_entries)
 
@@ -94,10 +93,12 @@ class Layout(NamedTuple):
     ) -> "Layout":
         """The layout of an update.
 
-        Fields of the state that are trees like the parameters come with their shapes. A transform
-        that does without parameters gives a tree like them. With `skips_single_entries`, leaves of
-        one entry per group, which have no tangent space, are in no joint. It raises a `ValueError`
-        if there are no params, or a tree has other paths than they, or leaves of other shapes.
+        `state` has the fields that are trees like the parameters, each with its shape function. If
+        there are no params, `like` is a tree in place of them. With `skips_single_entries`, joints
+        of one entry per group are left out, because they have no tangent space.
+
+        Raises a `ValueError` if neither `params` nor `like` is given, or if the paths or shapes of
+        a tree differ from those of the parameters.
         """
         like = params if like is None else like
         if like is None:
@@ -123,7 +124,7 @@ class Layout(NamedTuple):
         return layout._replace(tree=params, fields=[leaves for leaves, _ in fields], trees=trees)
 
     def present(self) -> list[Joint]:
-        """The joints whose updates are there; raises if only some leaves of one have them."""
+        """The joints that have updates; raises if only some leaves of a joint have one."""
         present = []
         for joint in self.joints:
             missing = [i for i in joint if self.updates[i] is None]
@@ -163,20 +164,21 @@ def _inexact(leaf: Any) -> bool:
 
 
 def no_params(who: str) -> ValueError:
-    """The error of an update that lacks params."""
+    """The error of an update without params."""
     return ValueError(
         f"{who} requires the current value of the parameters, but `params` was not passed to "
-        "`update`: call update(updates, state, params)."
+        "`update`. Call update(updates, state, params)."
     )
 
 
 def aligned(
     who: str, params: Any, tree: Any, state: list[Shape | None] | None = None
 ) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of a tree in the order of the parameters, and the way back to such a tree.
+    """The leaves of a tree in the order of the parameters, and a function from leaves to the tree.
 
-    If the tree is part of the state, `state` has the shapes that its leaves should have; updates
-    have those of the parameters. It raises a `ValueError` if paths or shapes differ.
+    For a tree in the state, `state` has the shapes that its leaves should have. Without `state`,
+    the tree holds updates, with the shapes of the parameters. Raises a `ValueError` if paths or
+    shapes differ.
     """
     (x, like), (leaves, treedef) = _trees.flatten(params), _trees.flatten(tree)
     what, remedy = ("updates", "") if state is None else ("state", OTHER_STATE)
@@ -189,8 +191,8 @@ def aligned(
         )
         if missing or extra:
             raise ValueError(
-                f"{who}: expected {what} with the paths of the parameters, found none for "
-                f"{missing}, and some for {extra}{remedy}."
+                f"{who}: expected {what} with the paths of the parameters, found missing paths "
+                f"{missing} and unknown paths {extra}{remedy}."
             )
         if keys != found:
             number = {each: i for i, each in enumerate(found)}
@@ -212,14 +214,14 @@ def aligned(
 
 
 def as_dtype_of(value: Any, like: Any) -> Any:
-    """A floating array in the dtype of another one; all else as it is."""
+    """A floating array in the dtype of a floating `like`; any other value unchanged."""
     if not _floating(value, like) or value.dtype == like.dtype:
         return value
     return value.astype(like.dtype)
 
 
 def widened(value: Any, like: Any) -> Any:
-    """The same where it is narrower than the other one."""
+    """A floating array widened to the dtype of a wider `like`; any other value unchanged."""
     if (
         not _floating(value, like)
         or (dtype := jnp.result_type(value.dtype, like.dtype)) == value.dtype
@@ -233,9 +235,9 @@ def _floating(*leaves: Any) -> bool:
 
 
 def check_type(who: str, state: Any, expected: type) -> None:
-    """Raises a `TypeError` where the state is another transformation's."""
+    """Raises a `TypeError` if the state is of another transformation."""
     if not isinstance(state, expected):
         raise TypeError(
             f"{who}: expected a state of type {expected.__name__}, found one of type "
-            f"{type(state).__name__}: it was made by another transformation; call init of this one."
+            f"{type(state).__name__}, made by another transformation. Call init of this one."
         )

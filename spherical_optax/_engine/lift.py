@@ -1,4 +1,4 @@
-"""The lift: a transformation of trees, made of steps of one group."""
+"""The lift: turns steps, written for one group, into transformations of trees."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from spherical_optax.groups import Joint
 
 
 class Lifted(optax.GradientTransformationExtraArgs):
-    """A transformation that is a step in each group, and can be lifted with its neighbours."""
+    """A transformation made of one step, which can be lifted together with its neighbors."""
 
     step: Step
 
 
 def lift(step: Step) -> Lifted:
-    """The transformation that a step is."""
+    """Turns a step into a transformation."""
     update_all = lift_together([step])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -36,11 +36,11 @@ def lift(step: Step) -> Lifted:
 
 
 def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | None = None) -> Any:
-    """The update of several steps of the same groups in turn, in two passes over the arrays.
+    """The update of several steps with equal groups, one after another, in two passes over arrays.
 
-    It takes updates, a list of states and params, and returns updates and such a list. With
-    `made_before` another transformation makes the updates in the same program: no pass shall make
-    them again. Messages name the function `who`, if it is not the step.
+    The returned function takes updates, a list of states and params. It returns updates and a list
+    of states. With `made_before`, another transformation computes the updates in the same program,
+    and no pass should compute them again. Error messages name `who`, or the step if it is `None`.
     """
     groups = steps[0].groups
     needs_params = any(step.needs_params for step in steps)
@@ -59,7 +59,7 @@ def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | N
         fields = treedef.flatten_up_to(states)
         trees = [(fields[place], shapes[place]) for place in places]
         like = None
-        if params is None and not needs_params:  # a tree that has all leaves
+        if params is None and not needs_params:  # any tree with all leaves will do
             like = next((tree for tree, shape in trees if shape is per_entry), updates)
         layout = Layout.read(
             who or steps[0].who,
@@ -102,7 +102,7 @@ def lift_together(steps: Sequence[Step], made_before: bool = False, who: str | N
 
 
 def _of_each_kind(on_groups: Any, shapes: Any, shared: Any, treedef: Any, made_before: bool) -> Any:
-    """The step of a joint; in a program that is traced, joints that are alike are traced once."""
+    """The update of a joint. Inside a traced program, joints that are alike are traced once."""
     functions: dict[Any, Any] = {}
 
     def step(joint: Joint, *leaves: dict[int, jax.Array]) -> list[dict[int, jax.Array]]:

@@ -1,4 +1,4 @@
-"""Moments in the state of another transformation, found by the paths of their parameters."""
+"""Finds moments in another transformation's state by the paths of their parameters."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,33 +9,33 @@ from spherical_optax.groups import Joint
 FIRST_MOMENTS, SECOND_MOMENTS = ("mu", "trace"), ("nu",)
 
 Field = dict[int, int]
-"""A field of an inner state: from a parameter's number to its moment's."""
+"""A field of an inner state: maps the number of a parameter to the number of its moment."""
 
 
 class Names(NamedTuple):
-    """The fields that hold moments."""
+    """The names of the fields that hold first and second moments."""
 
     first: tuple[str, ...]
     second: tuple[str, ...]
 
 
 def check_names(who: str, argument: str, names: Any) -> tuple[str, ...]:
-    """The names of fields, as a tuple; raises a `TypeError` if they are something else."""
+    """The field names as a tuple; raises a `TypeError` if they are not a tuple or list of names."""
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"{who}: expected {argument} as a tuple of field names, found {names!r}; "
-            'write ("mu",) for one.'
+            f"{who}: expected {argument} as a tuple of field names, found {names!r}. "
+            'Write ("mu",) for a single name.'
         )
     return tuple(names)
 
 
 def find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Field], list[Field]]:
-    """The fields of first and second moments whose leaves stand at the parameters' paths."""
+    """The fields of first and of second moments with leaves at the parameters' paths."""
     numbers = {leaf.keys: i for i, leaf in enumerate(_trees.visible_leaves(params))}
     found: dict[tuple[str, ...], Field] = {}
     for place, leaf in enumerate(_trees.visible_leaves(inner_state)):
         for depth, key in enumerate(leaf.keys, start=1):
-            # The outermost key decides: parameters may be called mu or nu themselves.
+            # The outermost key decides, because a parameter may itself be called mu or nu.
             if key in names.first + names.second and leaf.keys[depth:] in numbers:
                 found.setdefault(leaf.keys[:depth], {})[numbers[leaf.keys[depth:]]] = place
                 break
@@ -45,7 +45,7 @@ def find_moments(inner_state: Any, params: Any, names: Names) -> tuple[list[Fiel
 
 
 def fields_of(joint: Joint, fields: list[Field], kept: list[Any]) -> Iterator[tuple[Field, Joint]]:
-    """The fields that hold moments of a joint, with the part of the joint they hold."""
+    """The fields with moments of a joint, each with the part of the joint that it holds."""
     for field in fields:
         part = {i: g for i, g in joint.items() if i in field and kept[field[i]] is not None}
         if part:
@@ -55,7 +55,7 @@ def fields_of(joint: Joint, fields: list[Field], kept: list[Any]) -> Iterator[tu
 def check_moments(
     who: str, inner_state: Any, params: Any, joints: list[Joint], names: Names
 ) -> None:
-    """Raises a `ValueError` if a name is no field, or a moment does not fit its parameter."""
+    """Raises a `ValueError` if a field is missing, or a moment does not fit its parameter."""
     leaves = _trees.visible_leaves(params)
     kept = _trees.visible_leaves(inner_state)
     first, second = find_moments(inner_state, params, names)
@@ -88,7 +88,7 @@ def _check_found(
     moments: set[tuple[str, ...]],
     names: Names,
 ) -> None:
-    """Raises if no moment was found, or none under a name that was given."""
+    """Raises if no moment was found, or none under a name other than the defaults."""
     paths = {leaf.keys for leaf in leaves}
     fields = sorted({"/".join(_without_suffix(leaf.keys, paths)) for leaf in kept})
     found = {key for keys in moments for key in keys}
@@ -103,5 +103,5 @@ def _check_found(
         wanted = missing or sorted(names.first + names.second)
         raise ValueError(
             f"{who}: expected a field named {wanted} in the inner state, found "
-            f"{fields or 'that it keeps no moments'}; name the moments with first_moments=(...)."
+            f"{fields or 'no moments'}. Name the fields with first_moments=(...)."
         )

@@ -1,7 +1,7 @@
 """Two passes over the arrays of a joint: one for inner products, one for combinations.
 
-The function of one group is *run* twice, too: the first time on nothing, to learn which inner
-products it asks for; the second time with these.
+The function of one group also *runs* twice. The first run is abstract and only records which inner
+products the function asks for. The second run gets the values of these products.
 """
 
 import functools
@@ -20,8 +20,8 @@ from spherical_optax._numerics import wide
 from spherical_optax._xla import Request, compute_once, inner_products, materialize
 from spherical_optax.groups import Joint, group_size
 
-VECTORS = (per_entry, per_entry_in_groups)  # the shapes of what is one to a step
-ROUNDING = 16  # units of rounding that a sum of products may be off by
+VECTORS = (per_entry, per_entry_in_groups)  # shapes of the state that a step sees as vectors
+ROUNDING = 16  # the error that a sum of products may have, in units of eps
 
 
 def two_passes(
@@ -37,8 +37,9 @@ def two_passes(
 ) -> list[dict[int, jax.Array]]:
     """The new updates and fields of a joint.
 
-    Of each part of the state, `shapes` has its `StateShape` or `NOT_PER_LEAF`, and `shared` the
-    value of those that are not per leaf; `fields` are the others, by leaf number as the updates.
+    For each part of the state, `shapes` has a `StateShape` or `NOT_PER_LEAF`. `shared` has the
+    values of the parts that are not per leaf. `fields` are the other parts, each a dictionary by
+    leaf number, like `updates`.
     """
     places = [place for place, shape in enumerate(shapes) if shape is not NOT_PER_LEAF]
     own = dict(zip(places, fields, strict=True))
@@ -69,15 +70,16 @@ def two_passes(
     def product(*pair: str) -> Any:
         if pair not in products:
             raise TypeError(
-                f"expected a step to ask for the same inner products in both runs, found {pair}, "
-                "which only the second asked for: what it asks for must not depend on numbers."
+                f"expected a step to ask for the same inner products in both runs, found {pair} in "
+                "the second run only. The products asked for must not depend on values of arrays."
             )
         return products[pair]
 
     update, new = run(space(product=product))
     if any(new[place] is not given[place] for place in range(len(shapes)) if place not in own):
         raise TypeError(
-            "expected the state's other parts as `prepare` left them, found changed ones."
+            "expected a step to keep the parts of its state that are not per leaf as `prepare` "
+            "returned them, found changed ones. Change them in `prepare`."
         )
 
     made: dict[Any, Any] = dict(arrays)
@@ -103,7 +105,7 @@ def two_passes(
 def _asked(
     run: Callable[[Space], Any], arrays: dict[str, Any], joint: Joint
 ) -> tuple[Callable[..., Space], list[tuple[str, ...]]]:
-    """The space of a joint's arrays, but for its products, and those that a run asks for."""
+    """The space of a joint's arrays without its products, and the products that a run asks for."""
     infos = {name: [jnp.finfo(x.dtype) for x in each.values()] for name, each in arrays.items()}
     like = jax.eval_shape(lambda x: geometry.norm(x, joint), arrays["point"])
     kept = max(float(info.eps) for name in infos if name != "point" for info in infos[name])
@@ -129,7 +131,10 @@ def _asked(
 
 
 def _coefficients(vectors: Iterable[Vector]) -> dict[Vector, dict[Any, Any]]:
-    """The parts of vectors, and before them of those that they store, with final coefficients."""
+    """The parts of each vector with their final coefficients.
+
+    A stored vector that is a part of another vector comes before it.
+    """
     parts_of: dict[Vector, dict[Any, Any]] = {}
 
     def visit(vector: Vector) -> None:
@@ -156,7 +161,7 @@ def _coefficients(vectors: Iterable[Vector]) -> dict[Vector, dict[Any, Any]]:
 
 
 def _combination(terms: list[tuple[Any, Any]], joint: Joint) -> dict[int, jax.Array]:
-    """The sum of arrays times coefficients, one or one per group."""
+    """The sum of arrays times coefficients, each one number or one number per group."""
     total: dict[int, Any] = {}
     for arrays, coefficient in terms:
         for i, group in joint.items():

@@ -1,4 +1,4 @@
-"""What a state holds per group: made at `init`, and laid out as the leaves keep it."""
+"""State per group: created at `init`, in the layout in which leaves keep it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from spherical_optax.sharding import laid_out
 
 
 def pick(joint: Joint, leaves: Any) -> dict[int, jax.Array]:
-    """The arrays of a joint's leaves."""
+    """The arrays of a joint's leaves, by leaf number."""
     return {i: leaves[i] for i in joint}
 
 
 def state_like(params: Any, values: Mapping[int, jax.Array], otherwise: Any) -> Any:
-    """A tree like params with raw arrays from `values`, by leaf number.
+    """A tree like params with the raw arrays in `values`, by leaf number.
 
-    A leaf that has none gets `otherwise(leaf)`; its box of metadata, if any, is kept.
+    Any other leaf becomes `otherwise(leaf)`, where the leaf is in its box of metadata, if any.
     """
     boxes, treedef = _trees.flatten_boxes(params)
     return treedef.unflatten(
@@ -32,19 +32,19 @@ def state_like(params: Any, values: Mapping[int, jax.Array], otherwise: Any) -> 
 
 
 def zero(box: Any) -> jax.Array:
-    """What per-group state holds for a leaf without a group."""
+    """The placeholder that per-group state holds for a leaf without a group."""
     del box
     return jnp.zeros((), jnp.float32)
 
 
 def zeros_as(fn: Callable[..., jax.Array], *args: Any) -> jax.Array:
-    """Zeros of the type, sharding included, of what a function returns."""
+    """Zeros with the shape, dtype and sharding of the result of `fn(*args)`."""
     found = jax.eval_shape(fn, *args)
     return jnp.zeros_like(found, device=found.sharding)
 
 
 def zeros_per_group(layout: Layout) -> dict[int, jax.Array]:
-    """One zero per group, by leaf number, typed as the sums over the leaf's groups are."""
+    """One zero per group, by leaf number, with the type of sums over the leaf's groups."""
     return {
         i: zeros_as(lambda x, group=group: geometry.norm(x, group), layout.params[i])
         for joint in layout.joints
@@ -53,7 +53,7 @@ def zeros_per_group(layout: Layout) -> dict[int, jax.Array]:
 
 
 def per_leaf(values: jax.Array, joint: Joint, like: Any) -> dict[int, jax.Array]:
-    """The values of a joint's groups as each of its leaves keeps them, in own buffers."""
+    """The values of a joint's groups in the layout of each leaf, each in a buffer of its own."""
     kept = {
         i: laid_out(values, like[i].shape, jax.typeof(like[i]).sharding).astype(like[i].dtype)
         for i in joint

@@ -1,4 +1,4 @@
-"""Steps: transformations written for one group, and the shapes of what they keep."""
+"""Steps: transformations written for one group, with the shapes of their state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -11,35 +11,38 @@ from spherical_optax._engine.vector import Vector
 from spherical_optax.groups import Groups
 
 NOT_PER_LEAF: Any = object()
-"""In place of a shape: this part of the state is no tree like the parameters."""
+"""In place of a shape: this part of the state is not a tree like the parameters."""
 
 OnGroup: TypeAlias = Callable[[Vector, Vector, Any], tuple[Vector, Any]]
-"""From update, point and state of a group to its new update and state. A field of the state is a
-`Vector` if it has one value per entry, an array if one per group. All else is as `prepare` left it,
-and stays so.
+"""Maps the update, point and state of a group to its new update and state.
 
-It is run twice, and has to ask for the same inner products both times: it branches with `jnp.where`
-and `Vector.where`. Vectors are added, subtracted, and multiplied by a number or by one per group,
-which stands on the right."""
+A field of the state is a `Vector` if it has one value per entry, and an array if it has one value
+per group. The other parts of the state are as `prepare` returned them, and must not change.
+
+The function runs twice and must ask for the same inner products both times. So it must branch with
+`jnp.where` and `Vector.where`. Vectors can be added, subtracted, and multiplied by a number or by
+one number per group. The factor is on the right."""
 
 Prepare: TypeAlias = Callable[[Layout, Any], tuple[Any, OnGroup]]
-"""Does all that is not per group: it counts, and changes `layout.updates[i]` for i in `layout.rest`
-in place. It is given the state with lists, leaf by leaf, in place of trees, and returns the new
-one, and the function of one group, which sees what was counted."""
+"""Does everything that is not per group, such as counting steps and changing `layout.updates[i]` in
+place for i in `layout.rest`.
+
+It gets the state with lists, leaf by leaf, in place of trees. It returns the new state, and the
+function of one group, which may use the new count."""
 
 
 class Step(NamedTuple):
     """A transformation that acts on groups.
 
     Attributes:
-      who: Its name, for messages.
+      who: Its name in error messages.
       groups: See [`spherical_optax.groups`][].
-      init: As of a transformation.
-      state_shapes: The state, with a function of `layout` as `per_group` for each tree like the
-        parameters, and `NOT_PER_LEAF` for all else.
+      init: The `init` of the transformation.
+      state_shapes: A state with a shape function of `layout`, such as `per_group`, in place of each
+        tree like the parameters, and `NOT_PER_LEAF` in place of any other part.
       prepare: See `Prepare`.
-      skips_single_entries: Whether groups of one entry are leaves without a group to it.
-      needs_params: Whether it looks at the point. If not, another array of its shape may be there.
+      skips_single_entries: Whether it treats leaves of one entry per group as having no group.
+      needs_params: Whether it reads the point. If not, the point may be any array of its shape.
     """
 
     who: str
@@ -52,7 +55,7 @@ class Step(NamedTuple):
 
 
 def stateless(who: str, groups: Groups, on_group: OnGroup) -> Step:
-    """A step without a state that leaves all other leaves alone."""
+    """A step without state that leaves the updates of leaves without a group unchanged."""
 
     def init(params: optax.Params) -> optax.EmptyState:
         Layout.at_init(who, groups, params)
@@ -62,15 +65,15 @@ def stateless(who: str, groups: Groups, on_group: OnGroup) -> Step:
 
 
 def groups_only(on_group: OnGroup) -> Prepare:
-    """The `prepare` of a step that does nothing outside of groups."""
+    """The `prepare` of a step that changes nothing outside groups."""
     return lambda layout, state: (state, on_group)
 
 
 def optax_on_the_rest(tx: optax.GradientTransformation, layout: Layout, state: Any) -> Any:
-    """Applies Optax's own transformation, one without params, to the leaves without a group.
+    """Applies Optax's version of a transformation to the leaves without a group.
 
-    The updates in `layout` are replaced. The state has lists in place of trees, before and after;
-    what it has of other leaves is kept.
+    `tx` must not need params. The updates in `layout` are replaced. The state has lists in place of
+    trees, before and after, and keeps its entries for leaves with a group.
     """
     places = layout.rest
     if not places:
@@ -79,7 +82,7 @@ def optax_on_the_rest(tx: optax.GradientTransformation, layout: Layout, state: A
     taken = jax.tree.map(
         lambda node: [node[i] for i in places] if is_list(node) else node, state, is_leaf=is_list
     )
-    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam has a float to the power of an int
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an int power
         steps, new = tx.update([layout.updates[i] for i in places], taken)
     for i, step in zip(places, steps, strict=True):
         layout.updates[i] = step.astype(layout.updates[i].dtype)

@@ -1,7 +1,8 @@
-"""Vectors: combinations of a group's arrays, known by their inner products.
+"""Vectors: linear combinations of a group's arrays, known by their inner products.
 
-What a step makes of a group is a combination of few arrays, its update, its point and moments,
-and the coefficients follow from the inner products of these. So a step never sees an array.
+A step computes linear combinations of a few arrays of a group: its update, its point and its
+moments. The coefficients follow from the inner products of these arrays, so a step never sees an
+array.
 """
 
 import dataclasses
@@ -19,14 +20,15 @@ from spherical_optax._xla import sums_together
 
 
 class Space(NamedTuple):
-    """What is known of the arrays of some groups.
+    """What is known about the arrays of a joint's groups.
 
     Attributes:
-      product: From two names to the inner product of these arrays, one per group.
-      size: Entries per group.
-      ndim: Axes of a leaf that index its groups.
-      lost: How small a square may be, relative to those of its parts, before it is rounding.
-      dtype: Of the point, and so of the new update: the narrowest of its leaves.
+      product: Maps two names to the inner product of their arrays, one value per group.
+      size: The number of entries per group.
+      ndim: The number of axes of a leaf that index its groups.
+      lost: A square that is smaller than this, relative to the squares of its parts, is rounding
+        error.
+      dtype: The dtype of the point, and so of the new update: the narrowest among its leaves.
     """
 
     product: Callable[[str, str], jax.Array]
@@ -36,9 +38,9 @@ class Space(NamedTuple):
     dtype: Any
 
     def over_layer(self, *values: jax.Array) -> Sequence[jax.Array]:
-        """The sums of values per group over the groups of each layer, which the last axis indexes.
+        """Sums values per group over the groups of each layer, which the last axis indexes.
 
-        A leaf that is one group is a layer.
+        A leaf that is a single group is a layer by itself.
         """
         if not self.ndim:
             return values
@@ -50,9 +52,9 @@ class Vector:
     """A linear combination of a joint's arrays, one in each group, known by its inner products.
 
     Attributes:
-      parts: From the name of an array, or a vector that is stored as one, to its coefficient:
-        a number, or one per group.
-      space: Of the arrays.
+      parts: Maps the name of an array, or a vector that is stored as one, to its coefficient: one
+        number, or one number per group.
+      space: The space of the arrays.
     """
 
     parts: Mapping[Union[str, "Vector"], Any]
@@ -83,12 +85,12 @@ class Vector:
         return Vector(parts, self.space)
 
     def stored(self) -> "Vector":
-        """The same, combined once: for a moment that is kept and used."""
+        """The same vector, computed once and stored, for a moment that is both kept and used."""
         return Vector({self: 1}, self.space)
 
     @functools.cached_property
     def _of_arrays(self) -> dict[str, Any]:
-        """The coefficients of the arrays."""
+        """The coefficients of the arrays, with stored vectors expanded."""
         total: dict[str, Any] = {}
         for part, each in self.parts.items():
             arrays = {part: 1} if isinstance(part, str) else part._of_arrays
@@ -106,7 +108,7 @@ class Vector:
         )
 
     def _product(self, i: str, a: Any, j: str, b: Any) -> Any:
-        # a b alone might leave the range of floats
+        # The product a * b alone might overflow or underflow.
         return _times(a, _times(b, self.space.product(*sorted((i, j)))))
 
     @functools.cached_property
@@ -120,10 +122,10 @@ class Vector:
         return jnp.where(total <= self.space.lost * squares, 0, total)
 
     def square(self) -> Any:
-        """The squared length, one per group; 0 where only rounding is left of it.
+        """The squared length, one value per group; 0 where it is no more than rounding error.
 
-        The length of a difference loses digits here that `geometry` keeps, as it takes differences
-        before norms: what is smaller than the rounding of the parts' squares counts as nothing.
+        The length of a difference is less accurate here than in `geometry`, which subtracts before
+        it takes the norm. A square below the rounding error of its parts' squares counts as 0.
         """
         return self._square
 

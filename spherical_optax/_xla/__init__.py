@@ -1,7 +1,8 @@
-"""The door to XLA: what is written for its compilers, and where.
+"""All code that is written for XLA's compilers.
 
-`inner_products` and `compute_once` mean the same on every platform; how they are written follows
-what the compiler of the platform makes of it. Nothing else in the library asks for a platform.
+`inner_products` and `compute_once` compute the same on every platform, but they are written in the
+form that the platform's compiler handles best. No other part of the library depends on the
+platform.
 """
 
 from spherical_optax._xla._once import compute_once, materialize

@@ -1,9 +1,9 @@
-"""Sums as XLA's GPU compiler makes them with few kernels and few bytes.
+"""Sums in a form for which XLA's GPU compiler makes few kernels that move few bytes.
 
-Left to itself it makes one kernel for each sum, or stores the products: AdamSRT's step of the
-ResNet18 tree moved 44.6 bytes a parameter on an H100 with plain sums, in a trial that no command
-prints, and moves 33.3 with these (JAX 0.10.2, `make bench-compiled`).
-`tests/benchmarks/test_compiled.py` notices.
+For plain sums the compiler makes one kernel each, or stores the products. With them, AdamSRT's step
+of the ResNet18 tree moved 44.6 bytes per parameter on an H100, in a trial that no command
+reproduces. With these sums it moves 33.3 (JAX 0.10.2, `make bench-compiled`).
+`tests/benchmarks/test_compiled.py` checks this.
 """
 
 import functools
@@ -15,9 +15,9 @@ from jax import lax
 
 from spherical_optax._xla._leaf import Leaf, sums_together, viewed
 
-GPU_ROWS = 31  # up to so many, the compiler adds several sums up in one kernel
-GPU_LAST = 16  # parts of a sum over a whole array, which need no kernel of their own
-GPU_FEW = 1 << 14  # entries; below, nothing is gained
+GPU_ROWS = 31  # up to this many rows, the compiler computes several sums in one kernel
+GPU_LAST = 16  # last parts of a sum over a whole array that need no kernel of their own
+GPU_FEW = 1 << 14  # entries; smaller leaves gain nothing
 
 
 def parts_pay(leaf: Leaf) -> bool:
@@ -28,9 +28,9 @@ def parts_pay(leaf: Leaf) -> bool:
 
 
 def in_parts(leaf: Leaf) -> list[jax.Array]:
-    """All sums over a few rows, far apart, in one kernel that reads each array once; then the rest.
+    """All sums: first over a few distant rows, in one kernel that reads each array once.
 
-    The barrier keeps the compiler from making one sum of the two, as they were written before.
+    The barrier keeps the compiler from merging this stage with the sums over the other rows.
     """
     view = viewed(leaf)
     outer, summed, columns = view.shape
@@ -48,7 +48,7 @@ def in_parts(leaf: Leaf) -> list[jax.Array]:
     shape, over = view.left(rest)
     if len(over) < len(shape):
         return list(sums_together([each.reshape(shape) for each in sums], over))
-    # One group: its few last parts are added up by the kernel that computes with the sum.
+    # One group: the kernel that uses the sum also adds up its last few parts.
     flat = [each.reshape(-1) for each in sums]
     flat = [jnp.pad(each, (0, -each.size % GPU_LAST)).reshape(GPU_LAST, -1) for each in flat]
     return [functools.reduce(jnp.add, jnp.unstack(each)) for each in sums_together(flat, (1,))]

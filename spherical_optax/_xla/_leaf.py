@@ -1,4 +1,4 @@
-"""A leaf whose sums are wanted, and sums that one kernel makes."""
+"""A leaf with the sums to compute over it, and several sums in one kernel."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from spherical_optax.groups import RadialGroup
 
 
 class Leaf(NamedTuple):
-    """What is wanted of one leaf.
+    """The sums to compute over one leaf.
 
     Attributes:
-      arrays: The leaf of each vector.
-      pairs: Which arrays to multiply, by their position.
+      arrays: The array of this leaf in each vector.
+      pairs: The positions of the arrays to multiply.
       group: The leaf's group.
-      dtype: Of the sums.
+      dtype: The dtype of the sums.
     """
 
     arrays: Sequence[jax.Array]
@@ -28,13 +28,13 @@ class Leaf(NamedTuple):
 
 
 class View(NamedTuple):
-    """An array as (outer, summed, columns): axes that index groups, that are summed, all others.
+    """An array with three axes: outer (before the summed axes), summed, and columns (the rest).
 
     Attributes:
-      leaf: The leaf that the array is of.
-      start: The first axis that is summed here.
-      stop: The axis after the last one.
-      shape: Of the view.
+      leaf: The leaf of the array.
+      start: The first axis that is summed in this view.
+      stop: The axis after the last one that is summed.
+      shape: The shape of the view.
     """
 
     leaf: Leaf
@@ -43,9 +43,9 @@ class View(NamedTuple):
     shape: tuple[int, int, int]
 
     def left(self, rows: int) -> tuple[list[int], tuple[int, ...]]:
-        """What is left to add up where of the summed axes there are some rows.
+        """The shape and the axes of the sums that are left once the summed axes are `rows` rows.
 
-        That is the array's shape, in which blocks have an axis of their own, and the axes to sum.
+        In the shape, blocks have an axis of their own.
         """
         (group, shape), size = (self.leaf.group, self.leaf.arrays[0].shape), self.stop - self.start
         kept = [*shape[: self.start], rows, *shape[self.stop :]]
@@ -57,12 +57,12 @@ class View(NamedTuple):
 
 
 def viewed(leaf: Leaf) -> View:
-    """The view in which a leaf is added up."""
+    """The view in which a leaf is summed."""
     shape = leaf.arrays[0].shape
     ndim, axes = len(shape), leaf.group.axes(len(shape))
     start = next((axis for axis in range(ndim) if axis not in axes), ndim)
     stop = next((axis for axis in range(start, ndim) if axis in axes), ndim)
-    if start == 0 and stop == ndim > 1:  # all is summed, the last axis at last
+    if start == 0 and stop == ndim > 1:  # all axes are summed, the last one last
         stop = ndim - 1
     parts = (shape[:start], shape[start:stop], shape[stop:])
     outer, summed, columns = map(math.prod, parts)
@@ -79,7 +79,7 @@ def sums_together(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequenc
 
     @sums.defjvp
     def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        # JAX's own rule fails in 0.12 where one of several arrays has no tangent.
+        # In 0.12, JAX's own rule fails if one of several arrays has no tangent.
         return sums(*primals), tuple(each.sum(axes) for each in tangents)
 
     return sums(*arrays)

@@ -1,4 +1,4 @@
-"""Several sums over the groups of a joint."""
+"""Several inner products over the groups of a joint."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ from spherical_optax.sharding import laid_out, on_one_device
 __all__ = ["Request", "inner_products", "sums_together"]
 
 
-PLATFORMS: dict[str, Any] = {"cpu": _cpu, "cuda": _gpu}  # by JAX's names for them
+PLATFORMS: dict[str, Any] = {"cpu": _cpu, "cuda": _gpu}  # by JAX's platform names
 
 
 class Request(NamedTuple):
-    """Inner products of the groups of a joint.
+    """The inner products to compute over the groups of a joint.
 
     Attributes:
-      vectors: Each a dictionary from leaf number to array.
-      pairs: Which vectors to multiply, by their position.
-      joint: From leaf number to `RadialGroup`.
+      vectors: One dictionary from leaf number to array for each vector.
+      pairs: The positions of the vectors to multiply.
+      joint: A dictionary from leaf number to `RadialGroup`.
     """
 
     vectors: Sequence[Mapping[int, jax.Array]]
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 
 def inner_products(request: Request) -> list[jax.Array]:
-    """The inner products of each pair, as `geometry.inner`, one per group, of the widest dtype."""
+    """The inner product of each pair, like `geometry.inner`: one per group, in the widest dtype."""
     vectors, pairs, joint = request
     dtypes = [accumulator(x.dtype) for vector in vectors for x in vector.values()]
     dtype = max(dtypes, key=lambda each: jnp.finfo(each).bits)
@@ -54,7 +54,7 @@ def _of_leaf(leaf: Leaf) -> list[jax.Array]:
     def by(sums: Any) -> Any:
         return lambda *arrays: sums(leaf._replace(arrays=arrays))
 
-    # Parts of an array over several devices may lie on more than one.
+    # With several devices, one part of an array may be spread over more than one of them.
     platforms = PLATFORMS.items() if on_one_device() else ()
     branches = {name: by(each.in_parts) for name, each in platforms if each.parts_pay(leaf)}
     if not branches:
@@ -63,6 +63,6 @@ def _of_leaf(leaf: Leaf) -> list[jax.Array]:
 
 
 def _plain(leaf: Leaf) -> list[jax.Array]:
-    """One sum for each pair, in the compiler's own way."""
+    """One plain sum for each pair."""
     wide = [x.astype(leaf.dtype) for x in leaf.arrays]
     return [sum_groups(wide[i] * wide[j], leaf.group) for i, j in leaf.pairs]

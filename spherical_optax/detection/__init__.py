@@ -1,4 +1,4 @@
-"""Radial groups found by experiment, and masks checked by it."""
+"""Finds radial groups by experiment, and checks given groups by experiment."""
 
 from spherical_optax.detection._find import check_radial_groups, find_radial_groups
 

@@ -1,4 +1,4 @@
-"""The arguments of the function: constant inputs hide what the weights do, and are varied."""
+"""The arguments of `fn`: constant inputs hide effects of the weights, so they are varied."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +11,18 @@ from spherical_optax.detection import _flow
 
 
 def is_floating(value: Any) -> bool:
-    """Whether a leaf is an array of real floating numbers, or stands for one."""
+    """Whether a leaf is an array of real floating numbers, possibly an abstract one."""
     return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
 
 
 def varied(
     args: tuple[Any, ...], of: Callable[..., Any], shapes: list[Any]
 ) -> tuple[tuple[Any, ...], list[str]]:
-    """The arguments, of which constant inputs are varied, and the names of these.
+    """The arguments with constant inputs varied, and descriptions of these inputs.
 
-    Statistics of a constant batch hide what the weights do. Signs stay, as of what a root or a
-    logarithm is taken, and so does a constant that is no input: a mask, a noise level.
+    The statistics of a constant batch hide effects of the weights. Signs are kept, because an input
+    may be the argument of a root or a logarithm. A constant that is not an input, such as a mask or
+    a noise level, is not varied.
     """
     treedef: Any
     leaves, treedef = jax.tree.flatten(args)
@@ -34,7 +35,7 @@ def varied(
 
     try:
         program = jax.make_jaxpr(fn)(shapes, [leaves[n] for n in constant])
-    except Exception:  # what is wrong with fn is said where it is traced as it is
+    except Exception:  # an error of fn is reported later, when fn is traced unchanged
         return args, []
     inputs = [constant[n] for n in sorted(_flow.inputs(program, len(shapes)))]
     rng = np.random.default_rng(0)
@@ -54,7 +55,7 @@ def _put(leaves: list[Any], numbers: list[int], values: list[Any]) -> list[Any]:
 
 
 def _is_constant(arg: Any) -> bool:
-    """Whether this is a floating array of two or more axes whose entries are all the same."""
+    """Whether this is a floating array of two or more axes whose entries are all equal."""
     if not (isinstance(arg, jax.Array | np.ndarray) and is_floating(arg) and arg.ndim > 1):
         return False
     if isinstance(arg, jax.core.Tracer) or arg.size < 2:

@@ -1,4 +1,4 @@
-"""What is found is confirmed by what it claims: groups are scaled, and the outputs must stay."""
+"""Confirms the groups that were found: scaling them must not change the outputs."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from spherical_optax.detection._experiment import Experiment, Progress
 from spherical_optax.detection._search import NO_EFFECT, Result
 from spherical_optax.groups import Joint
 
-CHANGED = 1e-2  # relative change of the outputs
+CHANGED = 1e-2  # relative change of the outputs up to which they count as unchanged
 
 T = TypeVar("T")
 
@@ -16,9 +16,10 @@ T = TypeVar("T")
 def confirm(
     experiment: Experiment, result: Result, progress: Progress
 ) -> tuple[list[Joint], dict[int, float]]:
-    """The joints that may be scaled, and by how much the others' scaling changes the outputs.
+    """The joints that may be scaled, and the leaves of all other joints.
 
-    Verdicts that turn out to be wrong are corrected in the result.
+    Each of these leaves comes with how much scaling its groups changes the outputs. Wrong verdicts
+    are corrected in `result`.
     """
     dropped = moving(experiment, result.joints, progress)
     for i, change in dropped.items():
@@ -33,9 +34,10 @@ def confirm(
 def moving(
     experiment: Experiment, joints: list[Joint], progress: Progress = lambda line: None
 ) -> dict[int, float]:
-    """By how much the outputs change where groups are scaled, for leaves whose groups do it.
+    """How much scaling its groups changes the outputs, for each leaf whose groups change them.
 
-    All are scaled at once, at two points.
+    All groups are scaled at once, at two points. Groups that change the outputs are located by
+    bisection.
     """
     change_of_leaf: dict[int, float] = {}
     for number in (0, 1):
@@ -48,14 +50,14 @@ def moving(
 
 
 def limit_of_change(experiment: Experiment) -> float:
-    """The relative change up to which outputs stay."""
+    """The relative change up to which outputs count as unchanged."""
     return max(CHANGED, 10 * experiment.unrest)
 
 
 def _culprits(
     scaled: list[T], change_of: Callable[[list[T]], float], limit: float
 ) -> Iterator[tuple[T, float]]:
-    """Those whose scaling changes the outputs, each with the change; halves find them."""
+    """The items whose scaling changes the outputs, each with the change, located by bisection."""
     change = change_of(scaled) if scaled else 0.0
     if change <= limit:
         return

@@ -1,14 +1,15 @@
-"""The experiment: random functions of the outputs, and their gradients at several points.
+"""The experiment: gradients of random functions of the outputs, at several points.
 
-With g the gradient at a point x and p = g x, entry by entry, a group is invariant where its p sum
-to zero. How far they are from it does not depend on how much a group matters:
+Let g be the gradient at a point x, and p = g x, entry by entry. A group is invariant if its entries
+of p sum to zero. The deviation from zero does not depend on how much a group matters:
 
     deviation = |sums of p over the groups| / |p|
 
-is of order 1 where entries have no reason to cancel, and rounding where they must. One point does
-not tell: where a layer's output is added to one that is far larger or smaller, it seems invariant.
-So there are several: near the parameters given, at random ones whose signals are of size one, and
-at both with what seems invariant made larger, or smaller: what only seemed so does not stay so.
+It is of order 1 where entries have no reason to cancel, and of the size of rounding where they must
+cancel. One point is not enough: a layer seems invariant if its output is added to a far larger or
+smaller one. So there are several points. One is near the given parameters, and one is random, with
+signals of size one. At two more points, the leaves that seem invariant are made larger than at the
+first, or smaller than at the second. A leaf that only seemed invariant then deviates.
 """
 
 import functools
@@ -32,20 +33,20 @@ from spherical_optax.groups import Joint, RadialGroup
 Progress = Callable[[str], Any]
 
 POINTS = 4
-NOISE = 0.05  # relative change of p under jitter, which only rounding has in most networks
-OUTLIER = 1e4  # size of an output's entry relative to their median, as of a masked logit
-SMALL = 1e-4  # size of p relative to the module's, which only rounding has beside it
+NOISE = 0.05  # relative change of p under jitter; in most networks, only rounding has more
+OUTLIER = 1e4  # size of an output entry relative to the median; masked logits have more
+SMALL = 1e-4  # size of p relative to the largest in its module; only rounding has less
 
 
 class Thresholds(NamedTuple):
-    """What deviations say."""
+    """The limits of the deviation."""
 
-    invariant: float  # up to this the groups are
-    varying: float  # from this on they are not; between, it is not clear
+    invariant: float  # up to this, groups are invariant
+    varying: float  # from this on, they are not; in between, it is unclear
 
 
 class Point(NamedTuple):
-    """Where the gradient was taken, and what it was."""
+    """A point at which the gradient was taken, with the outputs and products there."""
 
     draw: Callable[[], list[np.ndarray]]  # the floating leaves
     outputs: list[np.ndarray]
@@ -53,22 +54,22 @@ class Point(NamedTuple):
 
 
 class Experiment:
-    """Products at several points, and their sums, each computed once.
+    """Products p at several points, and their sums, each computed once.
 
     Attributes:
       leaves: All leaves of the parameters.
-      floating: The numbers of those that are floating arrays.
-      points: Where gradients were taken.
-      noise: How much p of each leaf changes where the parameters change in their last place.
-      unrest: How much the outputs do.
-      thresholds: What deviations say.
-      is_narrow: Whether it computes in half precision: then the program reads the bits of narrow
-        numbers, and any other is computed in float32 at least.
-      sums: What the program adds to what, in numbers of floating leaves.
+      floating: The numbers of the leaves that are floating arrays.
+      points: The points at which gradients were taken.
+      noise: How much p of each leaf changes when the parameters change in their last digit.
+      unrest: How much the outputs change then.
+      thresholds: The limits of the deviation.
+      is_narrow: Whether the program computes in half precision. It does only if it cannot be
+        computed in float32, for example because it reads the bits of narrow numbers.
+      sums: Which leaves the program adds to which, as pairs of sets of floating leaves.
       used: Whether the outputs depend on the floating leaves at all.
-      kernels: The leaves that are contracted with data, or looked up in.
-      varied: The constant arguments that were varied, in words.
-      forward_passes: What it cost, a gradient counted as three forward passes.
+      kernels: The numbers of the leaves that are contracted with data or used as lookup tables.
+      varied: Descriptions of the constant arguments that were varied.
+      forward_passes: The cost so far. A gradient counts as three forward passes.
     """
 
     def __init__(self, who: str, fn: Callable[..., Any], params: Any, args: Sequence[Any],
@@ -86,7 +87,7 @@ class Experiment:
 
         def outputs_of(args: Any, point: list[Any]) -> list[jax.Array]:
             arrays = dict(enumerate(values)) | dict(zip(self.floating, point, strict=True))
-            # The identity map makes NNX variables among the arguments anew, free to be mutated.
+            # The identity map copies NNX variables among the arguments, so fn may mutate them.
             fresh = jax.tree.map(lambda a: a, args)
             outputs = _complex.split(fn(treedef.unflatten(arrays.values()), *fresh))
             return list(filter(is_floating, jax.tree.leaves(outputs)))
@@ -95,7 +96,7 @@ class Experiment:
         progress("tracing the forward pass")
         args, self.varied = varied(tuple(args), outputs_of, shapes)
         for name in self.varied:
-            progress(f"constant, and multiplied by a kernel, so varied: {name}")
+            progress(f"varied because it is constant and multiplied by a kernel: {name}")
         forward = functools.partial(outputs_of, args)
         program = _program.trace(who, forward, shapes, len(args))
         self.sums = _flow.sums(program)
@@ -104,10 +105,10 @@ class Experiment:
         try:
             program = _widened.widened(program)
             floats = [_widened.wide(value) for value in floats]
-        except Exception as error:  # an operation of which nothing is known here
+        except Exception as error:  # an unknown operation
             warnings.warn(
                 f"{who}: expected a program that can be computed in float32, found half precision "
-                f"that cannot ({error}): groups are judged by its digits; pass a float32 fn.",
+                f"that cannot ({error}). Groups are judged in half precision. Pass a float32 fn.",
                 UserWarning,
                 stacklevel=4,
             )
@@ -126,14 +127,14 @@ class Experiment:
                 f"{who}: expected finite outputs of fn, found NaN or infinity in them or in their "
                 "gradients, at random parameters."
             )
-        progress("the gradient again, for rounding")
+        progress("the gradient again, to measure rounding")
         first = self.points[0]
         outputs, again = self.at(jittered(first.draw()), 0)
         self.noise = {i: _relative(p, again[i]) for i, p in first.products.items()}
         self.unrest = max(map(_relative, first.outputs, outputs), default=0.0)
 
     def _look_at_first(self, floats: list[Any], progress: Progress) -> None:
-        """Adds two points: near the values of the leaves, if these are known, and at random."""
+        """Adds two points: one near the values of the leaves, if known, and a random one."""
         known = all(map(is_known, floats))
         first = self._first_point(floats, known)
         for near in (known, False):
@@ -148,11 +149,11 @@ class Experiment:
             )
 
     def _first_point(self, floats: list[Any], known: bool) -> Point | None:
-        """The first point; `None` if it must be taken again: something is not finite or too large.
+        """The first point, or `None` if it must be taken again without outliers or infinities.
 
-        Entries of the outputs that are not finite or drown the others, and are the same at
-        another point, are left out from then on: logits that are masked with -1e9 or -inf say
-        nothing of the weights.
+        If output entries are not finite or drown the others, the outputs are computed at a second
+        point. From then on, entries are left out that are not finite, or equal at both points. For
+        example, logits that are masked with -1e9 or -inf say nothing about the weights.
         """
         draw = functools.partial(drawn, floats, 0, known, 1.0)
         outputs, products = self.at(draw())
@@ -164,7 +165,7 @@ class Experiment:
         return Point(draw, outputs, products) if _all_finite(products.values()) else None
 
     def look_at_scales(self, numbers: set[int], progress: Progress) -> None:
-        """Adds points at which these leaves are larger, and smaller."""
+        """Adds two points: one where these leaves are larger, and one where they are smaller."""
 
         def scaled(number: int, factor: float) -> list[np.ndarray]:
             point = zip(self.floating, self.points[number].draw(), strict=True)
@@ -178,7 +179,7 @@ class Experiment:
             self._look(functools.partial(scaled, number, factor) for factor in factors)
 
     def _look(self, draws: Iterable[Callable[[], list[np.ndarray]]]) -> None:
-        """Adds a point: the first of these at which nothing overflows, if there is one."""
+        """Adds the first of the points at which nothing overflows, if there is one."""
         for draw in draws:
             outputs, products = self.at(draw(), len(self.points))
             if _all_finite((*outputs, *products.values())):
@@ -186,7 +187,7 @@ class Experiment:
                 return
 
     def at(self, point: list[np.ndarray], number: int = 0) -> tuple[list[np.ndarray], Any]:
-        """Outputs and products at a point, for a random function of the outputs."""
+        """The outputs and products at a point, for a random function of the outputs."""
         self.forward_passes += 3
         outputs, products = self._evaluate(point, jax.random.key(number), self._counted)
         return (
@@ -199,14 +200,14 @@ class Experiment:
         return tuple(self.leaves[i].value.shape)
 
     def has_effect(self, i: int, others: Iterable[int]) -> bool:
-        """Whether the outputs depend on a leaf: what rounding leaves is small and restless."""
+        """Whether the outputs depend on a leaf. Products of rounding error are small and noisy."""
         if not any(point.products[i].any() for point in self.points):
             return False
         largest = max((self.squares(0, j) for j in others), default=0.0)
         return self.noise[i] < NOISE or self.squares(0, i) > SMALL**2 * largest
 
     def sums_over(self, number: int, i: int, axes: tuple[int, ...]) -> np.ndarray:
-        """The sums of a leaf's p at a point over all axes but these."""
+        """The sums of a leaf's p at a point over all axes except `axes`."""
         key = number, i, axes
         if key not in self._sums:
             p = self.points[number].products[i]
@@ -223,7 +224,7 @@ class Experiment:
         return float(self._sums[key])
 
     def deviation(self, joint: Joint) -> float:
-        """The largest deviation over the points."""
+        """The largest deviation of a joint over the points."""
         return max(self._deviation(number, joint) for number in range(len(self.points)))
 
     def _deviation(self, number: int, joint: Joint) -> float:
@@ -238,7 +239,7 @@ class Experiment:
         return float(np.linalg.norm(total)) / math.sqrt(square) if square > 0 else 0.0
 
     def crossed(self, i: int, axes: tuple[int, ...]) -> str | None:
-        """Finer groups of a leaf than its axes: these crossed with blocks of an axis before."""
+        """Invariant groups finer than `axes`: these crossed with blocks of an earlier axis."""
         shape = self.shape(i)
         for axis in (a for a in range(max(axes, default=0)) if a not in axes):
             kept = tuple(sorted((*axes, axis)))
@@ -257,10 +258,10 @@ class Experiment:
         return None
 
     def change(self, number: int, joints: Iterable[Joint], leaves: Iterable[int] = ()) -> float:
-        """How much the outputs at a point change where groups are scaled by random factors.
+        """How much the outputs at a point change when groups are scaled by random factors.
 
-        The groups of joints are scaled by powers of two, which round nothing; of the leaves each
-        entry by a factor of its own.
+        The groups of `joints` are scaled by powers of two, which is exact. In `leaves`, each entry
+        is scaled by a factor of its own.
         """
         rng = np.random.default_rng(number)
         point = dict(zip(self.floating, self.points[number].draw(), strict=True))
@@ -280,7 +281,7 @@ class Experiment:
 
 
 def _spread(values: np.ndarray, shape: tuple[int, ...], group: RadialGroup) -> np.ndarray:
-    """Per-group values, laid out to broadcast against an array."""
+    """Values per group, in a shape that broadcasts against the array."""
     axes = group.axes(len(shape))
     values = values.reshape(group.shape(shape))
     if group.num_blocks is not None:
@@ -320,19 +321,19 @@ def _all_finite(arrays: Iterable[np.ndarray]) -> bool:
 
 
 def _has_outliers(output: np.ndarray) -> bool:
-    """Whether entries are not finite, or drown the others."""
+    """Whether some entries are not finite, or drown the others."""
     size = np.abs(output)
     return not np.isfinite(size).all() or bool(size.size and size.max() > OUTLIER * np.median(size))
 
 
 def _concrete(value: Any) -> Any:
-    """Zeros for what stands for integers: their values are fixed."""
+    """Zeros in place of an abstract array of integers, which needs fixed values."""
     if isinstance(value, jax.ShapeDtypeStruct) and not is_floating(value):
         return jnp.zeros(value.shape, value.dtype)
     return value
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| / |a|, 0 where both are zero."""
+    """|a - b| / |a|, or 0 if both are zero."""
     size, change = float(np.linalg.norm(a)), float(np.linalg.norm(a - b))
     return change / size if size else float(change > 0)

@@ -1,9 +1,10 @@
-"""Radial groups found by experiment, and masks checked by it.
+"""Finds radial groups by experiment, and checks given groups by experiment.
 
 A group is radially invariant exactly when, at every point, the gradient of every function of the
-network's outputs is orthogonal to it: d/da f(a x) = <grad f, x> = 0. So at a random point, for a
-random function of the outputs, one gradient decides for all leaves and partitions at once. What is
-found is confirmed by what it claims: all groups are scaled by random factors, and the outputs stay.
+network's outputs is orthogonal to it: d/da f(a x) = <grad f, x> = 0. So a single gradient of a
+random function of the outputs, at a random point, tests all leaves and partitions at once. The
+groups found are then confirmed: all are scaled by random factors, which must not change the
+outputs.
 """
 
 import inspect
@@ -28,7 +29,7 @@ from spherical_optax.groups import (
     joints_of,
 )
 
-SEEMING = 0.1  # deviation from which on a leaf need not be looked at again
+SEEMING = 0.1  # a leaf with at least this deviation is not tested again at other scales
 
 
 def find_radial_groups(
@@ -41,48 +42,50 @@ def find_radial_groups(
 ) -> Any:
     """Finds which parameters are radially invariant, and their finest groups.
 
-    Invariance is a property of the architecture, so it is asked for at several points: near the
-    parameters given, and at random ones, some of whose layers are larger and some smaller. A group
-    is one that is invariant at all of them; where the evidence is weak, there is none, and a
-    warning. A normalization layer's epsilon, which disturbs invariance as much as the variance is
-    small, is made smaller in the traced program; so a group found may in truth change the outputs
-    where epsilon outweighs the variance.
+    Invariance is a property of the architecture, so it is tested at several points: near the given
+    parameters, and at random ones, with some layers made larger or smaller. A group must be
+    invariant at all points. Where the evidence is weak, there is no group, and a warning.
 
-    For each leaf the finest invariant partition wins: index axes, several together, contiguous
-    blocks of an axis (GroupNorm), the whole array; where a leaf is not invariant alone, jointly
-    with others of its module, or of modules beside it (a convolution and a time projection that
-    are added before a norm).
+    A normalization layer's epsilon disturbs invariance, most of all where the variance is small. It
+    is therefore made smaller in the traced program. So in your program, a group that was found may
+    change the outputs where epsilon outweighs the variance.
+
+    For each leaf, the finest invariant partition wins. Groups may be indexed by one axis, several
+    axes, or contiguous blocks of an axis (GroupNorm), or be the whole array. A leaf that is not
+    invariant alone may be invariant jointly with other leaves of its module or of a neighboring
+    module, such as a convolution and a time projection that are added before a norm.
 
     Args:
-      fn: The forward pass, called as `fn(params, *args)`: a pure function that returns the
-        network's outputs, in any pytree. BatchNorm must be in *training* mode and its
-        updated statistics left out of the outputs: with running statistics the filters'
-        lengths do matter. Dropout must be off, or its key fixed.
-      params: The parameters; `jax.ShapeDtypeStruct` leaves will do, but the values of a
-        trained or freshly initialised network are one more point to look at.
-      *args: Whatever else `fn` takes; a small batch is enough. A constant floating array of two
-        or more axes that a kernel multiplies, as `jnp.ones((1, 28, 28, 1))`, is varied by up to
-        half: statistics of a constant batch hide what the weights do. `progress`, warnings and
-        `FoundGroups` say so; other constants, as a mask of ones, stay. Statistics of one or two
-        samples hide it too, and one-hot rows make each row of a kernel a group of its own.
+      fn: The forward pass, called as `fn(params, *args)`. It is a pure function that returns the
+        network's outputs, in any pytree. BatchNorm must be in *training* mode, because with
+        running statistics the lengths of filters do matter. Do not return its updated statistics.
+        Turn dropout off, or fix its key.
+      params: The parameters. `jax.ShapeDtypeStruct` leaves are accepted, but the values of a
+        trained or freshly initialized network give one more point to test.
+      *args: The other arguments of `fn`. A small batch is enough. One or two samples are too few,
+        because their statistics hide effects of the weights. One-hot rows make each row of a kernel
+        a group of its own. The statistics of a constant batch hide effects of the weights too. So a
+        constant floating array of two or more axes that a kernel multiplies, such as
+        `jnp.ones((1, 28, 28, 1))`, is varied by up to half. `progress`, warnings and `FoundGroups`
+        report this. Other constants, such as a mask of ones, are not varied.
       explain: Whether to return `FoundGroups`, with the evidence for each leaf.
-      vectors: Whether to report one-dimensional leaves without a kernel too: under ReLU a
-        normalization layer's own scale and bias are often jointly invariant.
-      progress: Called with a line of text as the search goes on, such as `print`.
+      vectors: Whether to also report one-dimensional leaves without a kernel. Under ReLU, for
+        example, the scale and bias of a normalization layer are often jointly invariant.
+      progress: A function, such as `print`, that is called with lines of text during the search.
 
     Returns:
-      A tree like `params` of `RadialGroup` and `None`, or with `explain` a `FoundGroups`.
-      Either is accepted wherever `groups` is.
+      A tree like `params` with a `RadialGroup` or `None` for each leaf, or with `explain` a
+      `FoundGroups`. Both are accepted wherever `groups` is.
 
     Raises:
       TypeError: If `fn` cannot be called with these arguments.
-      ValueError: If there is no floating leaf, or `fn` returns nothing, returns NaN, or is
-        not deterministic.
+      ValueError: If there is no floating leaf, or if `fn` returns no floating array, returns NaN,
+        or is not deterministic.
 
     Warns:
-      UserWarning: If no group is found, or most kernels have no effect on the outputs, with
-        the usual causes; and names leaves whose deviation is neither small nor large, or
-        whose scaling changes the outputs: they get no group.
+      UserWarning: If no group is found, or if most kernels have no effect on the outputs. The
+        warning lists the usual causes. A warning also names leaves whose deviation is neither small
+        nor large, or whose scaling changes the outputs. These leaves get no group.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -136,21 +139,22 @@ def find_radial_groups(
 
 
 def check_radial_groups(fn: Callable[..., Any], params: Any, groups: Groups, *args: Any) -> None:
-    """Checks a mask by experiment: every group invariant, and none coarser than it could be.
+    """Checks groups by experiment: each must be invariant, and as fine as possible.
 
     Args:
       fn: The forward pass, as in `find_radial_groups`.
       params: The parameters.
       groups: See [`spherical_optax.groups`][].
-      *args: Whatever else `fn` takes.
+      *args: The other arguments of `fn`.
 
     Raises:
       TypeError: If `fn` cannot be called with these arguments.
-      ValueError: If a group is wrong; the message lists all leaves with their shapes, what
-        was measured and what was found instead.
+      ValueError: If a group is wrong. The message lists each wrong leaf with its shape, what was
+        measured, and the group found instead.
 
     Warns:
-      UserWarning: Names kernels without a group that are invariant.
+      UserWarning: If kernels without a group are invariant; the warning names them. Also if there
+        are groups finer than `RadialGroup` can express.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -163,9 +167,9 @@ def check_radial_groups(fn: Callable[..., Any], params: Any, groups: Groups, *ar
       >>> so.check_radial_groups(fn, params, {"kernel": so.per_filter()}, x)
       Traceback (most recent call last):
           ...
-      ValueError: check_radial_groups: 1 of 1 groups:
+      ValueError: check_radial_groups: wrong groups in 1 of 1 parameters:
       kernel of shape (4, 8): expected an invariant group, found a deviation of 1 for \
-so.per_filter(); invariant is so.per_layer().
+so.per_filter(). Use so.per_layer(), which is invariant.
       Rules that fit: so.groups_by_path({r"^kernel$": so.per_layer()})
     """
     who = "check_radial_groups"
@@ -192,7 +196,7 @@ so.per_filter(); invariant is so.per_layer().
         fitting += [found_for[i]] if fault and i in found_for else []
         hints |= {hint: None} if hint else {}
     if faults:
-        lines = [f"{who}: {len(faults)} of {len(joints)} groups:", *faults]
+        lines = [f"{who}: wrong groups in {len(faults)} of {len(joints)} parameters:", *faults]
         lines += [_rules(experiment, fitting)] if fitting else []
         lines += hints
         raise ValueError("\n".join([*lines, *_doubts.varied_arguments(experiment)]))
@@ -207,12 +211,12 @@ so.per_filter(); invariant is so.per_layer().
         for i, group in joint.items()
     ]
     if left:
-        text = f"{who}: these have no group, and are invariant: {', '.join(left)}."
+        text = f"{who}: these parameters are invariant, but have no group: {', '.join(left)}."
         warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def _check_order(who: str, fn: Any, params: Any, groups: Any = None) -> None:
-    """Raises a `TypeError` where arguments have changed places."""
+    """Raises a `TypeError` if arguments are in the wrong order."""
     order = "fn, params, groups, *args" if who == "check_radial_groups" else "fn, params, *args"
     named = {"fn": not callable(fn), "params": inspect.isroutine(params)}
     named["groups"] = hasattr(groups, "dtype")
@@ -225,10 +229,10 @@ def _check_order(who: str, fn: Any, params: Any, groups: Any = None) -> None:
 def _fault(
     experiment: Experiment, result: Result, joint: Joint, better: Joint | None, change: float | None
 ) -> tuple[str | None, str | None]:
-    """What is wrong with a joint of the user's, and the usual causes; `None` where nothing is.
+    """The fault of a joint that the user gave, and its usual causes; `None` if there is no fault.
 
-    For its first leaf the joint `better` was found, if one was; scaling its groups changes the
-    outputs by `change`, if it does.
+    `better` is the joint that was found for its first leaf, if any. `change` is how much scaling
+    the user's groups changes the outputs, if it does.
     """
     first = next(iter(joint.values()))
     values = [leaf.value for leaf in experiment.leaves]
@@ -238,35 +242,35 @@ def _fault(
     deviation = experiment.deviation(joint)
     if all(result.verdicts.get(i) == NO_EFFECT for i in joint):
         return (
-            f"{expected} an invariant group, found no effect on the outputs; "
-            "give it None, no group."
+            f"{expected} an invariant group, found no effect on the outputs. "
+            "Give it no group, that is, None."
         ), None
     if deviation > experiment.thresholds.invariant:
-        instead = f"invariant is {invariant}" if invariant else "none tried is invariant"
+        instead = f"Use {invariant}, which is invariant" if invariant else "None tried is invariant"
         hint = None if invariant else f"{_doubts.CAUSES} {_doubts.ON_PURPOSE}"
         if not moving(experiment, [joint]):
-            instead += "; the outputs stay where it is scaled, and only the gradient differs"
+            instead += ". Scaling the given group keeps the outputs; only the gradient differs"
             hint = _doubts.STOPPED
         return (
             f"{expected} an invariant group, found a deviation of {deviation:.1g} for "
-            f"{_written(first)}; {instead}."
+            f"{_written(first)}. {instead}."
         ), hint
     if change is not None:
         return (
-            f"{expected} outputs that stay where the group is scaled, found that they "
-            f"change by {change:.1g}, although gradients are tangent; batch renormalization "
-            "and other corrections that are constants to the gradient do this."
+            f"{expected} outputs that do not change when the group is scaled, found that they "
+            f"change by {change:.1g}, although gradients are tangent. Batch renormalization and "
+            "other corrections that the gradient takes as constants do this."
         ), None
     if better is not None and group_size(better, values) < group_size(joint, values):
         return (
-            f"{expected} the finest invariant groups, found {_written(first)}; finer and "
-            f"invariant is {invariant}."
+            f"{expected} the finest invariant groups, found {_written(first)}. Use {invariant}, "
+            "which is finer and also invariant."
         ), None
     return None, None
 
 
 def _written(group: RadialGroup) -> str:
-    """The group as one would write it."""
+    """The code that creates the group."""
     axes, blocks = group.index_axes, group.num_blocks
     joint = [f"joint={group.joint!r}"] if group.joint is not None else []
     ndim = [f"ndim={group.ndim}"] if group.ndim is not None else []
@@ -284,7 +288,7 @@ def _written(group: RadialGroup) -> str:
 
 
 def _rules(experiment: Experiment, joints: list[Joint]) -> str:
-    """The groups that were found for some leaves, as rules to paste."""
+    """The groups that were found for some leaves, as rules to paste into a program."""
     group_of = {
         rf"^{re.escape(experiment.leaves[i].path)}$": _written(group)
         for joint in joints
@@ -302,14 +306,15 @@ def _searched(
     vectors: bool,
     progress: Progress,
 ) -> tuple[Experiment, Result]:
-    """The experiment, and what is invariant at all its points.
+    """The experiment, and the groups that are invariant at all its points.
 
-    The points do not depend on `vectors`: what one search finds, the other confirms.
+    The points do not depend on `vectors`. So `check_radial_groups` accepts all groups that
+    `find_radial_groups` finds.
     """
     experiment = Experiment(who, fn, params, args, progress)
     first = search(experiment, False, lambda line: None)
     seeming = {i for joint in first.joints for i in joint}
-    # What has no effect stays small beside what has: a bias before BatchNorm.
+    # Leaves without effect are scaled too, so that they stay small: a bias before BatchNorm.
     seeming |= {i for i, verdict in first.verdicts.items() if verdict == NO_EFFECT}
     seeming |= {i for i, tried in first.tried.items() if tried and tried[0][1] < SEEMING}
     experiment.look_at_scales(seeming, progress)
@@ -317,7 +322,7 @@ def _searched(
 
 
 def _named(who: str, progress: Progress | None) -> Progress:
-    """Progress that says of which function it is; silent without a listener."""
+    """Progress whose lines begin with the function's name; silent if `progress` is `None`."""
     if progress is None:
         return lambda line: None
     return lambda line: progress(f"{who}: {line}")

@@ -1,7 +1,7 @@
-"""What flows where in a program: which inputs reach an output, a sum, a kernel's operand.
+"""The data flow in a program: which inputs reach an output, a sum, or an operand of a kernel.
 
-Each question is one value per variable, and a rule that makes the value of an operation's
-results of those of its operands; programs inside of operations are followed.
+Each question assigns a value to every variable. A rule computes the value of an operation's results
+from the values of its operands. Programs inside operations are followed.
 """
 
 import functools
@@ -14,13 +14,13 @@ from jax.extend import core
 
 Value = TypeVar("Value")
 Sum = tuple[int, int]
-"""Two operands that are added or concatenated: the inputs each depends on, as sets of bits."""
+"""Two operands that are added or concatenated: the inputs that each depends on, as a bit set."""
 
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 
 
 def sums(program: core.ClosedJaxpr) -> list[Sum]:
-    """What is added to what: which of the program's inputs both sides depend on."""
+    """The pairs of added operands that each depend on an input on which the other does not."""
     pairs: set[Sum] = set()
 
     def rule(name: str, operands: Sequence[int]) -> int:
@@ -39,9 +39,10 @@ def is_used(program: core.ClosedJaxpr) -> bool:
 
 
 def kernels(program: core.ClosedJaxpr) -> set[int]:
-    """The inputs that are contracted with data, or looked up in: matrices, filters, tables.
+    """The inputs that are contracted with data or used as lookup tables: matrices, filters, tables.
 
-    Data is what the program closes over. A scale or a bias meets it entry by entry first.
+    Data are the constants that the program closes over. A scale or a bias is not counted, because
+    it is first combined with data entry by entry.
     """
     numbers: set[int] = set()
 
@@ -57,9 +58,9 @@ def kernels(program: core.ClosedJaxpr) -> set[int]:
 
 
 def inputs(program: core.ClosedJaxpr, parameters: int) -> set[int]:
-    """Which of the arguments, the program's inputs behind the parameters, meet a kernel.
+    """The arguments, which are the program's inputs after the parameters, that a kernel multiplies.
 
-    These are what a network looks at. Others say how: masks, noise levels, temperatures.
+    The network processes these. Other arguments are settings: masks, noise levels, temperatures.
     """
     numbers: set[int] = set()
 
@@ -95,11 +96,11 @@ def _flow(
     rule: Callable[[str, Sequence[Value]], Value],
     data: Value | None = None,
 ) -> list[Value]:
-    """The values of a program's outputs, of those of its inputs.
+    """The values of a program's outputs, computed from the values of its inputs.
 
-    The rule makes of an operation's name and its operands' values that of its results. Literals
-    have the value `nothing`, as has what is not followed; the constants that the program closes
-    over have `data`, if it is given.
+    The rule maps an operation's name and its operands' values to the value of its results. Literals
+    and variables that are not followed have the value `nothing`. The constants that the program
+    closes over have the value `data` if it is given, or else `nothing`.
     """
     known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
     known |= dict.fromkeys(jaxpr.constvars, nothing if data is None else data)
@@ -114,7 +115,7 @@ def _flow(
         for inner in programs(eqn.params.values()):
             if len(inner.invars) != len(operands):
                 continue
-            if eqn.primitive.name == "scan":  # what one iteration leaves, the next one reads
+            if eqn.primitive.name == "scan":  # the next iteration reads the results of this one
                 for n in _carry(eqn, inner):
                     operands[n] = everything
             results = _flow(inner, operands, nothing, rule, data)
@@ -125,7 +126,7 @@ def _flow(
 
 
 def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
-    """Which operands of a scan are its carry: they come before what is sliced."""
+    """The positions of a scan's carry among its operands, just before the sliced operands."""
 
     def unsliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
         pairs = zip(outside, inside, strict=True)
@@ -136,7 +137,7 @@ def _carry(eqn: core.JaxprEqn, inner: core.Jaxpr) -> range:
 
 
 def programs(values: Iterable[Any]) -> Iterator[core.Jaxpr]:
-    """The programs among an operation's parameters."""
+    """The programs among an operation's parameters, including those in tuples and lists."""
     for value in values:
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr

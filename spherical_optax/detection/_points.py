@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PERIOD = 1_000_003  # of random numbers, repeated in longer leaves; a prime, so that rows differ
+PERIOD = 1_000_003  # longer leaves repeat their random numbers; a prime, so that rows differ
 
 
 def is_known(value: Any) -> bool:
-    """Whether a leaf has finite values, and does not only stand for an array."""
+    """Whether a leaf is an array of finite values, not an abstract array."""
     return not isinstance(value, jax.ShapeDtypeStruct) and bool(
         np.isfinite(np.asarray(value, np.float32)).all()
     )
 
 
 def drawn(values: list[Any], number: int, near: bool, shrink: float) -> list[np.ndarray]:
-    """The leaves at a point: near their values, or random; no entry zero.
+    """The leaves at a point: near their values, or random. No entry is zero.
 
-    A random kernel multiplies the size of its input by about one. A vector keeps its signs:
-    it may be the argument of a root or a logarithm. What is zero, as biases are, stays
-    smaller than one, so that fewer neurons are dead.
+    A random kernel multiplies the size of its input by about one. A vector keeps its signs, because
+    it may be the argument of a root or a logarithm. Entries of vectors that are zero, as in biases,
+    become smaller than one, so that fewer neurons are dead.
     """
     rng = np.random.default_rng(number)
 
@@ -55,7 +55,7 @@ def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 
 
 def jittered(point: list[np.ndarray]) -> list[np.ndarray]:
-    """The point, with a change in the last place of every entry."""
+    """The point with every entry changed in its last digit."""
     rng = np.random.default_rng(0)
 
     def jitter(x: np.ndarray) -> np.ndarray:
@@ -67,10 +67,10 @@ def jittered(point: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def is_vector(shape: tuple[int, ...], others: Iterable[tuple[int, ...]] = ()) -> bool:
-    """Whether a leaf is a bias or a scale, and not a kernel.
+    """Whether a leaf is a bias or a scale, not a kernel.
 
-    `(n, 1)` is a kernel of one output, unless its module has a kernel of more axes, whose
-    bias it then is, as in Equinox's convolutions.
+    A leaf of shape `(n, 1)` is a kernel with one output, unless its module has a kernel with more
+    axes. Then it is the bias of that kernel, as in Equinox's convolutions.
     """
     if len(shape) < 2:
         return True

@@ -1,9 +1,9 @@
-"""The forward pass as a program: traced, without epsilons, and what is added to what in it.
+"""The forward pass as a traced program, with its epsilons made smaller.
 
-A normalization layer adds a small epsilon to a variance. It is the only thing that keeps
-a layer before it from being exactly invariant, and how much it disturbs depends on how
-large the variance happens to be. In the program it is a literal: made small there, what
-is invariant shows at any scale of the parameters, and so does what is not.
+A normalization layer adds a small epsilon to a variance. Epsilon alone keeps the layer before it
+from being exactly invariant, and the disturbance depends on the size of the variance. In the
+program, epsilon is a literal. Once it is made smaller there, it shows at any scale of the
+parameters whether a leaf is invariant.
 """
 
 import re
@@ -14,24 +14,24 @@ import jax
 import numpy as np
 from jax.extend import core
 
-EPSILON = 1e-2  # the largest constant taken for an epsilon; Keras's BatchNorm has 1e-3
-SMALLER = 1e-6  # not zero: a channel that is constant has a variance of rounding's size
+EPSILON = 1e-2  # the largest constant that is taken for an epsilon; Keras's BatchNorm has 1e-3
+SMALLER = 1e-6  # a factor; not zero, because the variance of a constant channel is rounding error
 
 
 def trace(
     who: str, forward: Callable[[Any], list[jax.Array]], point: Any, further: int
 ) -> core.ClosedJaxpr:
-    """Traces the forward pass twice: it must run, return something, and be the same.
+    """Traces the forward pass twice. It must run, return outputs, and be the same both times.
 
-    It goes from a point, of arrays or their shapes, to the floating outputs; `fn` was given so many
-    further arguments after params.
+    `forward` maps a point, of arrays or their shapes, to the floating outputs. `further` is the
+    number of arguments that `fn` was given after params.
     """
     try:
-        # A new function each time: JAX remembers the trace of an old one.
+        # A new function each time, because JAX caches the trace of a function.
         traces = [jax.make_jaxpr(lambda point: forward(point))(point) for _ in range(2)]
     except TypeError as error:
         if not re.search(r"positional argument|keyword argument|arguments? but", str(error)):
-            raise  # of what fn does itself
+            raise  # an error in the body of fn
         raise TypeError(
             f"{who}: fn(params, *args) was called with params and {further} further arguments "
             f"and raised: {error}. Pass what fn needs after params, or bind it: "
@@ -41,13 +41,13 @@ def trace(
         if type(error).__name__ != "TraceContextError":  # flax.errors; flax is not required
             raise
         raise ValueError(
-            f"{who}: fn mutates variables made outside of it: {error}. Make them inside, "
-            "with nnx.merge(graphdef, params, rest, copy=True)."
+            f"{who}: fn mutates variables made outside of it: {error}. Make them inside fn with "
+            "nnx.merge(graphdef, params, rest, copy=True)."
         ) from error
     if not traces[0].out_avals:
         raise ValueError(
-            f"{who}: expected fn to return the network's outputs, found no floating array in "
-            "what it returned."
+            f"{who}: expected fn to return the network's outputs, found no floating array among "
+            "its results."
         )
     texts = [re.sub(r" at 0x[0-9a-f]+", "", str(trace.jaxpr)) for trace in traces]
     same = texts[0] == texts[1] and len(traces[0].consts) == len(traces[1].consts)
@@ -56,7 +56,7 @@ def trace(
     if not same:
         raise ValueError(
             f"{who}: expected the same outputs from the same arguments, found that two calls of fn "
-            "differ; turn dropout off, or give it a fixed key."
+            "differ. Turn dropout off, or give it a fixed key."
         )
     return traces[0]
 
@@ -68,17 +68,17 @@ def _same_values(a: Any, b: Any) -> bool:
 
 
 def without_epsilon(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The program with small constants that are added to something made smaller still."""
+    """The program with the small constants in its additions made even smaller."""
     return _rewritten(program)
 
 
 def _rewritten(value: Any) -> Any:
-    """A program, or a parameter of an operation that may hold some."""
+    """Rewrites a program, or a parameter of an operation that may hold programs."""
     if isinstance(value, tuple | list) and any(
         isinstance(inner, core.ClosedJaxpr | core.Jaxpr) for inner in value
     ):
         return type(value)(map(_rewritten, value))
-    if not isinstance(value, core.Jaxpr):  # from JAX 0.12 on a closed one is one too
+    if not isinstance(value, core.Jaxpr):  # a ClosedJaxpr is a Jaxpr too from JAX 0.12 on
         if isinstance(value, core.ClosedJaxpr):
             return value.replace(jaxpr=_rewritten(value.jaxpr))
         return value

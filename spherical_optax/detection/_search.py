@@ -12,8 +12,8 @@ from spherical_optax.detection._experiment import Experiment, Progress
 from spherical_optax.detection._points import is_vector
 from spherical_optax.groups import Joint, RadialGroup
 
-NEAR = 13  # leaves that may belong to one group with another; all their subsets are tried
-MODULES = 3  # over which a joint group may extend
+NEAR = 13  # leaves that may join the group of another leaf; all their subsets are tried
+MODULES = 3  # modules that a joint group may span
 
 NO_EFFECT = "no effect on the outputs"  # a verdict
 
@@ -27,8 +27,8 @@ class Result(NamedTuple):
     Attributes:
       joints: The finest invariant joints.
       tried: For each leaf, the partitions tried and their deviations.
-      verdicts: For each leaf, what follows.
-      finer: For leaves whose finest groups are none that can be said, what these are.
+      verdicts: For each leaf, the conclusion.
+      finer: For leaves whose finest groups `RadialGroup` cannot express, a description of these.
     """
 
     joints: list[Joint]
@@ -88,7 +88,7 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Result:
         others_of = _cancelling(experiment, i, [j for *_, j in around[:NEAR]], kernels, modules)
         for others in others_of:
             members = frozenset((i, *others))
-            if members in candidates:  # another leaf of it has come first
+            if members in candidates:  # already found from another of its leaves
                 continue
             names = " and ".join(_name(experiment, j, modules[i]) for j in others)
             best = _finest(experiment, (i, *others), result.tried[i], f" with {names}")
@@ -96,7 +96,7 @@ def search(experiment: Experiment, vectors: bool, progress: Progress) -> Result:
                 count = math.prod(best[i].shape(shapes[i]))
                 order = len({modules[j] for j in members}), len(members), -count, left.index(i)
                 candidates[members] = order, (i, *others), best
-    # Of the sets that a leaf may belong to: the fewest modules, then leaves, the finest groups.
+    # The best set of a leaf has the fewest modules, then the fewest leaves, then the finest groups.
     for _, numbers, best in sorted(candidates.values(), key=lambda candidate: candidate[0]):
         if not any(result.verdicts.get(j) in decided for j in numbers):
             accept(numbers, best)
@@ -112,10 +112,10 @@ def _kernels(
     modules: dict[int, Module],
     shapes: dict[int, tuple[int, ...]],
 ) -> set[int]:
-    """Those of the leaves that are kernels, and no biases or scales."""
+    """The leaves that are kernels, not biases or scales."""
 
     def is_stacked(i: int) -> bool:
-        """Whether all leaves around this one, kernels among them, have its first axis."""
+        """Whether all leaves around this one, with a kernel among them, share its first axis."""
         for depth in range(len(modules[i]) + 1):
             around = [j for j in modules if modules[j][:depth] == modules[i][:depth]]
             sizes = {shapes[j][:1] if len(shapes[j]) > 1 else () for j in around}
@@ -133,18 +133,18 @@ def _kernels(
 
 
 def _near(a: Module, b: Module) -> bool:
-    """Whether two modules are the same, side by side, or one in the other."""
+    """Whether two modules are equal, siblings, or parent and child."""
     above_a, above_b = (module[:-1] if module else None for module in (a, b))
     return a in (b, above_b) or above_a in (b, above_b)
 
 
 def _module_of(keys: tuple[str, ...]) -> Module:
-    """The path of a leaf's module; keys may hold slashes themselves, as Keras's paths do."""
+    """The path of a leaf's module. Keys may contain slashes, as in Keras's paths."""
     return tuple("/".join(keys).split("/")[:-1])
 
 
 def _common(modules: Sequence[Module]) -> str:
-    """The path that modules have in common, as a label."""
+    """The common part of the modules' paths, as a label."""
     names = zip(*modules, strict=False)
     common = itertools.takewhile(lambda name: len(set(name)) == 1, names)
     return "/".join(name for name, *_ in common) or "joint"
@@ -161,11 +161,11 @@ def _name(experiment: Experiment, j: int, module: Module) -> str:
 def _cancelling(
     experiment: Experiment, i: int, near: list[int], kernels: set[int], modules: dict[int, Module]
 ) -> Iterator[tuple[int, ...]]:
-    """Smallest sets of leaves whose p sum to zero together with those of leaf i.
+    """The smallest sets of leaves whose p sum to zero together with those of leaf i.
 
-    Kernels belong together only where their outputs are added: that the layers of a whole
-    residual stream may be scaled together is true, but says nothing of the single layer. What
-    has fewer axes than another leaf of its module is a bias.
+    Kernels belong together only if their outputs are added. The layers of a whole residual stream
+    may also be scaled together, but this says nothing about a single layer. A leaf with fewer axes
+    than another leaf of its module is a bias.
     """
     numbers = [i, *near]
     points = range(len(experiment.points))
@@ -192,7 +192,7 @@ def _cancelling(
 
 
 def _added(experiment: Experiment, i: int, j: int) -> bool:
-    """Whether what depends on one leaf is added to what depends on the other, and not on both."""
+    """Whether two values are added that each depend on one of the two leaves, not on the other."""
     a, b = (1 << experiment.floating.index(leaf) for leaf in (i, j))
     sides = ({side & (a | b) for side in pair} for pair in experiment.sums)
     return any(each == {a, b} for each in sides)
@@ -204,9 +204,9 @@ def _added(experiment: Experiment, i: int, j: int) -> bool:
 def _finest(
     experiment: Experiment, numbers: tuple[int, ...], tried: list[tuple[str, float]], suffix: str
 ) -> Joint | None:
-    """The finest invariant partition, looked for from coarse to fine; `None` if none is.
+    """The finest invariant partition, searched from coarse to fine; `None` if none is invariant.
 
-    The first leaf's index axes are matched by axes of the same sizes in the others.
+    The index axes of the first leaf are matched with axes of the same sizes in the others.
     """
     shapes = {i: experiment.shape(i) for i in numbers}
     shape = shapes[numbers[0]]
@@ -244,7 +244,7 @@ def _finest(
 
 
 def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Iterator[Joint]:
-    """The given axes of the first leaf, with all choices of such axes in the others."""
+    """The given axes of the first leaf, with every choice of matching axes in the others."""
     first, *others = shapes.values()
     sizes = [first[axis] for axis in axes]
     choices = [
@@ -261,5 +261,5 @@ def _matched(axes: tuple[int, ...], shapes: dict[int, tuple[int, ...]]) -> Itera
 
 
 def _group(axes: tuple[int, ...], shape: tuple[int, ...]) -> RadialGroup:
-    """With the last axis as -1, as one writes it."""
+    """A group with these index axes, the last axis written as -1."""
     return RadialGroup(tuple(-1 if axis == len(shape) - 1 else axis for axis in axes))

@@ -1,7 +1,7 @@
-"""The forward pass without half precision: what is narrower than float32 is computed in it.
+"""The forward pass without half precision: narrower operations are computed in float32.
 
-Rounding to 8 bits hides what is invariant: a trace of the program says what is computed, and
-the same can be computed with more digits.
+Rounding to 8 bits hides invariance. The traced program lists its operations, so the same operations
+can be computed with more digits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ from jax.extend import core
 
 from spherical_optax.detection._flow import programs
 
-# Operations that are their inner program; rules for derivatives of a narrow one go with it.
+# Operations that only call an inner program. A narrow one loses its custom derivative rule.
 CALLS = ("jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 
 class NotWidenedError(Exception):
-    """A program that reads the bits of narrow numbers."""
+    """Raised if a program reads the bits of narrow numbers."""
 
 
 def narrowest(program: core.ClosedJaxpr) -> Any:
@@ -29,7 +29,7 @@ def narrowest(program: core.ClosedJaxpr) -> Any:
 
 
 def widened(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    """The program with all floats in float32 at least; raises if it reads bits of narrow ones."""
+    """The program with all floats in at least float32; raises if it reads bits of narrow ones."""
     if not _is_narrow(program.jaxpr, program.jaxpr.invars):
         return program
     return _wide(program)
@@ -46,7 +46,7 @@ def _wide(program: Any) -> core.ClosedJaxpr:
 
 
 def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The outputs of a program, operation by operation."""
+    """The outputs of a program, computed operation by operation in at least float32."""
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     known |= dict(zip(jaxpr.invars, args, strict=True))
 
@@ -84,7 +84,7 @@ def _widened_eqn(eqn: core.JaxprEqn) -> core.JaxprEqn:
 
 
 def _literal(operand: core.Literal) -> core.Literal:
-    """A number in the program, in float32 at least."""
+    """A literal in at least float32."""
     aval: Any = operand.aval
     if not _is_narrow_var(operand):
         return operand
@@ -92,7 +92,7 @@ def _literal(operand: core.Literal) -> core.Literal:
 
 
 def _param(value: Any) -> Any:
-    """A parameter of an operation, with wide dtypes and programs."""
+    """A parameter of an operation, with its dtypes and programs widened."""
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return type(value)(map(_param, value))
     if isinstance(value, core.ClosedJaxpr):
@@ -110,7 +110,7 @@ def _wide_dtype(dtype: Any) -> Any:
 
 
 def wide(value: Any) -> Any:
-    """An array, or what stands for one, in float32 at least."""
+    """An array, possibly an abstract one, in at least float32."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or _wide_dtype(dtype) == dtype:
         return value

@@ -1,9 +1,9 @@
-"""What happens on the sphere during training: recorded in the state, or computed.
+"""Measurements on the sphere during training, recorded in the optimizer's state or computed.
 
-`record_sphere` measures each step and `record_gradient` the gradient, as members of a chain;
-`record_effective_learning_rate` goes around an optimizer; `sphere_report` flattens what they
-recorded for a logger. `sphere_metrics` measures between two snapshots, without touching the
-optimizer; `effective_learning_rate` predicts how far a step turns a group.
+In a chain, `record_sphere` measures each step and `record_gradient` measures the gradient.
+`record_effective_learning_rate` wraps an optimizer. `sphere_report` flattens their records for a
+logger. `sphere_metrics` compares two snapshots of the parameters, without touching the optimizer.
+`effective_learning_rate` predicts how far a step rotates a group.
 """
 
 from spherical_optax.diagnostics._effective import (

@@ -1,4 +1,4 @@
-"""The effective learning rate: how far a step turns a group, predicted and recorded."""
+"""The effective learning rate, predicted and recorded: how far a step rotates a group."""
 
 import math
 from typing import Any, NamedTuple
@@ -27,12 +27,12 @@ WHO = "record_effective_learning_rate"
 
 
 class EffectiveStep(NamedTuple):
-    """What a step does on the sphere, as `effective_learning_rate` predicts it.
+    """The effect of a step on the sphere, as predicted by `effective_learning_rate`.
 
     Attributes:
       learning_rate: The effective learning rate, one value per group.
-      direction: c without its radial part, arrays like x: u moves along its negative.
-      angle: By how much, in radians, one value per group.
+      direction: c_t, the tangent part of c, in arrays like x. The direction u moves along -c_t.
+      angle: The angle per step in radians, one value per group.
     """
 
     learning_rate: jax.Array
@@ -43,7 +43,7 @@ class EffectiveStep(NamedTuple):
 def effective_learning_rate(
     x: Any, a: Any, b: Any, learning_rate: jax.typing.ArrayLike, group: Any
 ) -> EffectiveStep:
-    """The step on the sphere that x' = x - learning_rate a / b amounts to.
+    """Predicts the step on the unit sphere that corresponds to x' = x - learning_rate a / b.
 
     ```
     s = |b| / sqrt(d)        c = r s a / b        A = learning_rate / (r^2 s)
@@ -51,8 +51,9 @@ def effective_learning_rate(
     u' = cos(t) u - sin(t) c_t / |c_t|,    t = arctan(lr_eff |c_t|),    c_t = c - <c, u> u
     ```
 
-    with d the entries per group. Exact, for any a and b. With g the gradient, L2 included
-    (g = grad L(x) + w x), the optimizers are:
+    Here r = |x| is the radius, u = x / r the direction, and d the number of entries per group. The
+    result is exact for any a and b. Let g be the gradient, including L2 regularization
+    (g = grad L(x) + w x). Then the optimizers have:
 
     ```
     SGD            a = g                                    b = 1
@@ -61,26 +62,29 @@ def effective_learning_rate(
     AdamS          a = mhat                                 b = (sqrt(vhat) + eps) / sqrt(d)
     ```
 
-    with the moments of after the update. SGD-MRT is as momentum SGD and AdamSRT as AdamS; their
-    states hold the moments of r g, and only the tangent part of the first: m is
-    trace / r + (1 - dampening) <g, u> u, or mu / r + (1 - b1) <g, u> u, and v is nu / r^2.
-    Decoupled decay w is a step without it at learning_rate / (1 - learning_rate w); SGD with L2
-    factor w has lr_eff = learning_rate / (r^2 (1 - learning_rate w)).
+    The moments are those after the update. SGD-MRT is like momentum SGD, and AdamSRT is like AdamS.
+    Their states hold the moments of r g, and only the tangent part of the first moment. So
+    m = trace / r + (1 - dampening) <g, u> u for SGD-MRT. For AdamSRT,
+    m = mu / r + (1 - b1) <g, u> u and v = nu / r^2.
+
+    A step with decoupled weight decay w is a step without it at
+    learning_rate / (1 - learning_rate w). SGD with L2 factor w has
+    lr_eff = learning_rate / (r^2 (1 - learning_rate w)).
 
     Args:
-      x: The parameters, an array, or a pytree of arrays for joint groups.
+      x: The parameters: an array, or a pytree of arrays for joint groups.
       a: The numerator of the step, like x.
       b: The denominator, positive: a number, one value per group, or like x.
       learning_rate: A number, or one value per group.
       group: A `RadialGroup`, or a pytree of them.
 
     Returns:
-      An `EffectiveStep`, float32 or, for float64 arrays, float64. Beyond 90 degrees (where
-      A <c, u> > 1) the effective learning rate is negative, and the angle still right.
-      Where |x| = 0 there is no direction, and all is 0.
+      An `EffectiveStep` in float32, or in float64 for float64 arrays. For a step beyond 90 degrees
+      (A <c, u> > 1), the effective learning rate is negative, and the angle is still correct. Where
+      |x| = 0, there is no direction, and all values are 0.
 
     Raises:
-      TypeError: If group is no `RadialGroup`.
+      TypeError: If `group` is not a `RadialGroup`.
       ValueError: If the shapes do not fit.
 
     Examples:
@@ -95,7 +99,7 @@ def effective_learning_rate(
       Roburin et al., Neurocomputing 2022 (the theorem on the image of a step on the unit sphere).
     """
     r = geometry.norm(x, group)
-    if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one for all leaves
+    if _trees.flatten(b)[1] != _trees.flatten(x)[1]:  # one b for all leaves
         b = jax.tree.map(lambda _: b, x)
     b = jax.tree.map(_per_entry, group, x, b)
     size = group_size(dict(enumerate(jax.tree.leaves(group))), jax.tree.leaves(x))
@@ -118,8 +122,8 @@ def _per_entry(group: RadialGroup, x: jax.Array, b: Any) -> jax.Array:
     per_group = group.shape(x.shape)
     if b.shape not in (x.shape, per_group, ()):
         raise ValueError(
-            f"effective_learning_rate: expected b as a number, of shape {x.shape} as x or of "
-            f"shape {per_group} as there are groups, found shape {b.shape}."
+            f"effective_learning_rate: expected b as a number, of the shape {x.shape} of x, or of "
+            f"shape {per_group} with one value per group, found shape {b.shape}."
         )
     if b.shape == per_group != x.shape:
         b = geometry.spread(b, x, group)
@@ -130,9 +134,9 @@ class RecordEffectiveLearningRateState(NamedTuple):
     """State of `record_effective_learning_rate`.
 
     Attributes:
-      effective_learning_rate: Of the last step, 0 before the first: nested dictionaries with the
-        parameters' keys, of the leaves that have a group only, with one value per group.
-      inner_state: The optimizer's state.
+      effective_learning_rate: The values of the last step, 0 before the first. Nested dictionaries
+        with the parameters' keys, only for leaves that have a group, with one value per group.
+      inner_state: The state of the optimizer.
     """
 
     effective_learning_rate: Any
@@ -147,36 +151,37 @@ def record_effective_learning_rate(
     b2: jax.typing.ArrayLike | None = None,
     eps: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Records the effective learning rate of each step; put it around the optimizer.
+    """Records the effective learning rate of each step; wrap it around the optimizer.
 
     ```
     lr_eff = tan(t) / |c_t|        t: the angle from x to x + v, v the update
     ```
 
-    with c_t as in `effective_learning_rate`, from the moments in the optimizer's state. What is
-    done to the learning rate, to the length of a step, or to the radius is seen in the angle:
-    schedules, decay, normalized steps, retractions. It goes around, and not into a chain after the
-    direction, as it needs both the moments and the whole update.
+    Here c_t is that of `effective_learning_rate`, computed from the moments in the optimizer's
+    state. The angle includes the effects of schedules, weight decay, normalized steps and
+    retractions, that is, all changes of the learning rate, the length of the step and the radius.
+    The recorder wraps the optimizer, instead of following the direction in a chain, because it
+    needs both the moments and the whole update.
 
     Args:
       tx: The optimizer: SGD with or without momentum, Adam, AdamW, AdamS, AdamSRT, SGD-MRT, AdamG,
-        `hyperball` and `retract` around their directions, and chains with these. Not Muon and
-        `muonh`, whose direction is no quotient of two moments: for them `record_sphere` has the
-        angle of each step.
+        `hyperball` and `retract` around their directions, and chains with these. Muon and `muonh`
+        are not supported, because their direction is not a quotient of two moments. For them,
+        `record_sphere` records the angle of each step.
       groups: See [`spherical_optax.groups`][].
-      b1: Decay rate of its first moment `mu`, if it has one.
-      b2: Decay rate of its second moment `nu`, if it has one per entry.
-      eps: What it adds to the root of that.
+      b1: The decay rate of the optimizer's first moment `mu`, if it has one.
+      b2: The decay rate of its second moment `nu`, if `nu` has one value per entry.
+      eps: The number that it adds to the square root of `nu`.
 
     Returns:
-      A transformation with state `RecordEffectiveLearningRateState`, and the updates and the state
-      of the optimizer in it; `update` needs params.
+      A transformation with state `RecordEffectiveLearningRateState`, which contains the state of
+      the optimizer. The updates are those of the optimizer. `update` needs params.
 
     Raises:
-      TypeError: If tx is no transformation.
-      ValueError: If a number is out of range; at `init`, if `groups` does not fit the parameters,
+      TypeError: If `tx` is not a gradient transformation.
+      ValueError: If a number is out of range. At `init`, if `groups` does not fit the parameters,
         the moments are not those of the optimizers above, a number is missing, or groups do not
-        step along the quotient of their moments, as they would not with Nesterov momentum.
+        step along the quotient of their moments, as with Nesterov momentum.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -199,7 +204,7 @@ def record_effective_learning_rate(
     wrapped = foreign(WHO, tx)
 
     def rates(g: Any, v: Any, x: Any, state: Any, params: Any, joint: Joint) -> tuple[Any, Any]:
-        """The effective learning rate, and the cosine of the step and of what it should follow."""
+        """The effective learning rate, and the cosine between the step and the one expected."""
         x, step = pick(joint, x), {i: wide(v[i]) for i in joint}
         r, tangent = geometry.norm(x, joint), geometry.project(step, x, joint)
         c = _numerator(g, x, state, params, joint, b1, b2, eps)
@@ -217,12 +222,12 @@ def record_effective_learning_rate(
         for joint in (joint for joint in layout.joints if all(x[i] is not None for i in joint)):
             cosine = rates(g, v, x, state, params, joint)[1]
             off = (cosine != 0) & (jnp.abs(cosine) < 1 - 1e-2)
-            if not isinstance(off, jax.core.Tracer) and off.any():  # of numbers that are known
+            if not isinstance(off, jax.core.Tracer) and off.any():  # only known values
                 path = _trees.visible_leaves(params)[next(iter(joint))].path
                 raise ValueError(
                     f"{WHO}: {path}: expected steps along the quotient of the moments that tx "
-                    f"keeps, found a cosine of {float(cosine[off][0]):.2f} with it: as with "
-                    "Nesterov momentum, or with another eps."
+                    f"keeps, found a cosine of {float(cosine[off][0]):.2f} with it. Usual "
+                    "causes: Nesterov momentum, or a wrong eps."
                 )
 
     def init(params: optax.Params) -> RecordEffectiveLearningRateState:
@@ -232,10 +237,10 @@ def record_effective_learning_rate(
             _moments(inner_state, params, joint, b1, b2, eps)
         try:
             run = next(trials(tx, params, layout.joints, 3, same=False))
-        except Exception:  # it asks for what only a program has: its steps are not known here
+        except Exception:  # tx needs arguments that only a program has, so it is not checked
             run = None
         if run is not None:
-            with jax.ensure_compile_time_eval():  # known where init is traced too
+            with jax.ensure_compile_time_eval():  # values are known even if init is traced
                 check(run)
         return RecordEffectiveLearningRateState(blank_records(layout, params), inner_state)
 
@@ -260,7 +265,7 @@ def record_effective_learning_rate(
 
 FIRST = ("mu", "trace", "m1")  # fields that hold first moments
 
-# What the steps of their groups follow is known.
+# States of transformations whose groups step along a known direction.
 KNOWN = (
     optax.TraceState,
     optax.ScaleByAdamState,
@@ -274,10 +279,11 @@ KNOWN = (
 def _moments(
     inner_state: Any, params: Any, joint: Joint, b1: Any, b2: Any, eps: Any
 ) -> tuple[Any, dict[int, Any], dict[int, Any]] | None:
-    """The state that holds a joint's moments, and these by leaf number; `None` if none does.
+    """The state that holds a joint's moments, and the moments by leaf number; `None` without one.
 
     Raises:
-      ValueError: If there are several, or such as are not known, or a number is missing.
+      ValueError: If there are several such states, if the state is of an unknown type, or if a
+        number is missing.
     """
     leaves = _trees.visible_leaves(params)
     first = leaves[next(iter(joint))]
@@ -292,7 +298,8 @@ def _moments(
     if len(holders) > 1 or not isinstance(holders[0], KNOWN):
         raise ValueError(
             f"{WHO}: {first.path}: expected moments in one of "
-            f"{[each.__name__ for each in KNOWN]}, found {found}, whose steps it does not know."
+            f"{[each.__name__ for each in KNOWN]}, found {found}. Record the angle of other "
+            "optimizers with record_sphere."
         )
     first_moments = {i: _field(holders[0], leaves[i].keys) for i in joint}
     second_moments = {i: _field(holders[0], leaves[i].keys, ("nu",)) for i in joint}
@@ -302,8 +309,8 @@ def _moments(
     missing = [name for name, value in needed if value is None]
     if missing:
         raise ValueError(
-            f"{WHO}: {first.path}: expected {' and '.join(missing)} of the optimizer, which its "
-            f"{found[0]} does not tell, found none; pass {', '.join(f'{m}=...' for m in missing)}."
+            f"{WHO}: {first.path}: expected {' and '.join(missing)} of the optimizer, found none: "
+            f"{found[0]} does not store them. Pass {', '.join(f'{m}=...' for m in missing)}."
         )
     return holders[0], first_moments, second_moments
 
@@ -313,7 +320,7 @@ def _holds_moments(node: Any) -> bool:
 
 
 def _field(holder: Any, keys: tuple[str, ...], names: tuple[str, ...] = FIRST) -> Any:
-    """The leaf at a parameter's path in one of the fields of a state, if it is there."""
+    """The leaf at a parameter's path in one of these fields of a state, or `None`."""
     for name in names:
         for leaf in _trees.leaves_with_paths(getattr(holder, name, None)):
             if leaf.keys == keys and not leaf.hidden and leaf.value is not None:
@@ -324,7 +331,7 @@ def _field(holder: Any, keys: tuple[str, ...], names: tuple[str, ...] = FIRST) -
 def _numerator(
     g: Any, x: Any, state: Any, params: Any, joint: Joint, b1: Any, b2: Any, eps: Any
 ) -> dict[int, Any]:
-    """C of `effective_learning_rate`, but for its radial part."""
+    """The vector c of `effective_learning_rate`, correct up to its radial part."""
     r = geometry.norm(x, joint)
     moments = _moments(state, params, joint, b1, b2, eps)
     if moments is None:
@@ -333,7 +340,7 @@ def _numerator(
     a = {i: wide(each) for i, each in first.items()}
     corrected = 1 - b1 ** holder.count.astype(r.dtype) if hasattr(holder, "mu") else 1.0
     if isinstance(holder, ScaleByAdamsrtState | TransportedTraceState):
-        r = jnp.ones_like(r)  # their moments are of r g
+        r = jnp.ones_like(r)  # their moments are those of r g
     if isinstance(holder, optax.ScaleByAdamState):
         correction = 1 - b2 ** holder.count.astype(r.dtype)
         b = {i: safe_sqrt(wide(v) / correction) + eps for i, v in second.items()}

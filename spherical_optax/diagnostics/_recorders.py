@@ -1,4 +1,4 @@
-"""Angles, radii and cosines: recorded in a chain, or measured between snapshots."""
+"""Angles, radii and cosines, recorded in a chain or measured between snapshots."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ from spherical_optax.groups import Groups, Joint, RadialGroup, joints_of
 
 
 class SphereMetrics(NamedTuple):
-    """How a step moved radially invariant groups.
+    """How a step from x to x' moved radially invariant groups.
 
     Attributes:
       radius_before: |x|.
       radius_after: |x'|.
-      step_angle: The angle between x and x', in radians; 0 where one of them is zero.
-      step_radial: <x' - x, u>, positive outwards; 0 where |x| = 0.
-      step_tangential: The length of the rest, |x' - x - <x' - x, u> u|.
+      step_angle: The angle between x and x', in radians; 0 where x or x' is zero.
+      step_radial: The radial part of the step, <x' - x, u> with u = x / |x|. It is positive
+        outward, and 0 where |x| = 0.
+      step_tangential: The length of the tangent part, |x' - x - <x' - x, u> u|.
     """
 
     radius_before: Any
@@ -37,10 +38,10 @@ class RecordSphereState(NamedTuple):
     """State of `record_sphere`.
 
     Attributes:
-      sphere: The last step, zeros before the first: nested dictionaries with the
-        parameters' keys, of the leaves that have a group only. Each array has the rows of
-        `SphereMetrics`, with one value per group: shape (5, *group.shape(x.shape)).
-        `optax.tree_map_params` gives it to `transform_non_params` as one node.
+      sphere: The metrics of the last step, zeros before the first. Nested dictionaries with the
+        parameters' keys, only for leaves that have a group. The rows of each array are the fields
+        of `SphereMetrics`, with one value per group: shape (5, *group.shape(x.shape)).
+        `optax.tree_map_params` passes it to `transform_non_params` as a single node.
     """
 
     sphere: Any
@@ -51,7 +52,7 @@ class RecordGradientState(NamedTuple):
 
     Attributes:
       gradient_cosine: <g, u> / |g| at the last update, 0 where the gradient or the group is
-        zero; kept as `RecordSphereState.sphere` is, without the first axis.
+        zero. Stored like `RecordSphereState.sphere`, without the first axis.
     """
 
     gradient_cosine: Any
@@ -64,17 +65,17 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
     |x|    |x + v|    angle(x, x + v)    <v, u>    |v - <v, u> u|        (v: the update)
     ```
 
-    Updates pass unchanged. The state keeps its structure from `init` on, and is read with
-    `optax.tree.get(state, "sphere")`. The step is measured before the parameters' dtype
-    rounds it; `sphere_metrics` measures what was kept.
+    Updates are not changed. The state keeps its structure from `init` on. Read it with
+    `optax.tree.get(state, "sphere")`. The step is measured before it is rounded to the dtype of
+    the parameters. To measure the rounded step, use `sphere_metrics`.
 
     Args:
-      groups: See [`spherical_optax.groups`][]. The leaves of a joint group all hold
-        the values of the whole group.
+      groups: See [`spherical_optax.groups`][]. Each leaf of a joint group holds the values of the
+        whole group.
 
     Returns:
-      A transformation with state `RecordSphereState`, float32 or, for float64 parameters,
-      float64; `update` needs params.
+      A transformation with state `RecordSphereState` in float32, or in float64 for float64
+      parameters. `update` needs params.
 
     Raises:
       TypeError, ValueError: At `init`, if `groups` does not fit the parameters.
@@ -102,16 +103,16 @@ def record_sphere(groups: Groups) -> optax.GradientTransformationExtraArgs:
 
 
 def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
-    """Records the cosine of gradient and weight; put it first in a chain.
+    """Records the cosine between gradient and weights; put it first in a chain.
 
     ```
     <g, u> / |g|        (0 where g or x is zero)
     ```
 
-    The gradient of a radially invariant group is orthogonal to it: a cosine of other than
-    rounding's size says that the groups are wrong, or that something else was added to the
-    gradient. Updates pass unchanged. The state keeps its structure from `init` on, and is
-    read with `optax.tree.get(state, "gradient_cosine")`.
+    The gradient of a radially invariant group is orthogonal to it. So a cosine larger than rounding
+    error means that the groups are wrong, or that something else was added to the gradient.
+    Updates are not changed. The state keeps its structure from `init` on. Read it with
+    `optax.tree.get(state, "gradient_cosine")`.
 
     Args:
       groups: See [`spherical_optax.groups`][].
@@ -146,24 +147,25 @@ def record_gradient(groups: Groups) -> optax.GradientTransformationExtraArgs:
 def sphere_metrics(
     params_before: Any, params_after: Any, groups: Groups
 ) -> dict[str, SphereMetrics]:
-    """How the groups moved between two snapshots of the parameters.
+    """Measures how the groups moved between two snapshots of the parameters.
 
     ```
     |x|    |x'|    angle(x, x')    <x' - x, u>    |x' - x - <x' - x, u> u|
     ```
 
     Args:
-      params_before: The parameters x: nested dictionaries, an NNX state, any pytree.
-      params_after: The parameters x', of the same structure and shapes.
+      params_before: The parameters x: nested dictionaries, an NNX state, or any other pytree.
+      params_after: The parameters x', with the same structure and shapes.
       groups: See [`spherical_optax.groups`][].
 
     Returns:
-      From the path of each leaf with a group, as in `conv1/kernel`, to its
-      `SphereMetrics`, arrays of shape `group.shape(x.shape)`, float32 or, for float64
-      parameters, float64. The leaves of a joint group all get the whole group's values.
+      A dictionary from the path of each leaf with a group, such as `conv1/kernel`, to its
+      `SphereMetrics`: arrays of shape `group.shape(x.shape)` in float32, or in float64 for float64
+      parameters. Each leaf of a joint group gets the values of the whole group.
 
     Raises:
-      TypeError, ValueError: If `groups` does not fit, or the snapshots do not fit each other.
+      TypeError, ValueError: If `groups` does not fit the parameters, or the snapshots differ in
+        structure or shapes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -201,7 +203,7 @@ def sphere_metrics(
 
 
 def _measure(step: Any, x: Any, joint: Joint) -> SphereMetrics:
-    """The metrics of one joint that makes a step from x, one value per group."""
+    """The metrics of one joint for a step from x, one value per group."""
     r = geometry.norm(x, joint)
     radial = safe_divide(geometry.inner(step, x, joint), r)
     tangential = geometry.norm(geometry.project(step, x, joint), joint)
@@ -218,7 +220,7 @@ def _recorder(
     metrics: tuple[int, ...],
     state_type: type[Any],
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that keeps what `measure` finds: per group, or rows of such values."""
+    """A transformation that stores the results of `measure`: values per group, or rows of these."""
 
     def init(params: optax.Params) -> Any:
         layout = Layout.at_init(who, groups, params)
@@ -242,13 +244,13 @@ def _recorder(
 
 
 def blank_record(x: jax.Array, group: RadialGroup, metrics: tuple[int, ...] = ()) -> jax.Array:
-    """Zeros for what is recorded of a leaf: per group, or rows of such values."""
+    """Zeros for the record of a leaf: values per group, or rows of these."""
     shape = (*metrics, *group.shape(x.shape))
     return zeros_as(lambda x: jnp.broadcast_to(geometry.norm(x, group), shape), x)
 
 
 def blank_records(layout: Layout, params: Any, metrics: tuple[int, ...] = ()) -> Any:
-    """What a recorder keeps before the first update."""
+    """The records before the first update."""
     blank = {
         i: blank_record(layout.params[i], group, metrics)
         for joint in layout.joints
@@ -260,28 +262,28 @@ def blank_records(layout: Layout, params: Any, metrics: tuple[int, ...] = ()) ->
 def as_records(
     values: jax.Array, joint: Joint, x: list[Any], metrics: tuple[int, ...] = ()
 ) -> dict[int, jax.Array]:
-    """The values of a joint as each of its leaves keeps them."""
+    """The values of a joint in the form in which each of its leaves stores them."""
     like = {i: blank_record(x[i], group, metrics) for i, group in joint.items()}
     return per_leaf(values, joint, like)
 
 
 def check_records(who: str, before: Any, after: Any) -> None:
-    """Raises a `ValueError` where the state was made for other parameters or groups."""
+    """Raises a `ValueError` if the state was made for other parameters or groups."""
     old, new = (
         {leaf.path: np.shape(leaf.value) for leaf in _trees.leaves_with_paths(tree)}
         for tree in (before, after)
     )
     if old != new:
         raise ValueError(
-            f"{who}: expected state of shapes {new}, found {old}: it was made for other "
-            "parameters or with other groups; call init again."
+            f"{who}: expected state of shapes {new}, found {old}. The state was made for other "
+            "parameters or with other groups. Call init again."
         )
 
 
 def nested(values: dict[int, jax.Array], tree: Any) -> Any:
-    """Values by leaf number as nested dictionaries; an array that is no dictionary's as itself.
+    """Values by leaf number as nested dictionaries; for a tree that is one array, just its value.
 
-    Other leaves have no entry: each costs a few microseconds per step.
+    Leaves without a value have no entry, because each entry costs a few microseconds per step.
     """
     leaves = _trees.visible_leaves(tree)
     nested: Any = {} if leaves else jnp.zeros(())  # optax.tree_map_params expects a leaf here

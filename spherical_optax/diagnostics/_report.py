@@ -1,4 +1,4 @@
-"""What recorders keep, as flat names and numbers for a logger."""
+"""The values of recorders as flat names and numbers, for a logger."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +23,7 @@ RECORDERS = {
 
 
 def sphere_report(state_or_metrics: Any, params: Any, groups: Groups) -> dict[str, float]:
-    """Flat names and numbers of what was recorded, for any logger.
+    """Flattens recorded values to names and numbers, for any logger.
 
     ```
     sphere/<path>/radius_mean    radius_min    radius_max    |x| after the step
@@ -33,23 +33,24 @@ def sphere_report(state_or_metrics: Any, params: Any, groups: Groups) -> dict[st
     sphere/<path>/effective_learning_rate_mean    effective_learning_rate_max
     ```
 
-    Means, minima and maxima are over the groups of a leaf. What is on devices is fetched at once.
+    Means, minima and maxima are taken over the groups of a leaf. All values are fetched from their
+    devices at once.
 
     Args:
-      state_or_metrics: An optimizer's state with recorders anywhere in it, in chains,
-        `optax.inject_hyperparams`, `optax.MultiSteps` and other wrappers, or what holds such a
-        state: Linen's `TrainState`, an `nnx.Optimizer` or its `opt_state`. Or what
-        `sphere_metrics` returns.
-      params: The parameters; only paths and shapes are read.
-      groups: See [`spherical_optax.groups`][]; those of the recorders.
+      state_or_metrics: An optimizer's state with recorders anywhere in it: in chains,
+        `optax.inject_hyperparams`, `optax.MultiSteps` or other wrappers. Or an object that holds
+        such a state: Linen's `TrainState`, an `nnx.Optimizer` or its `opt_state`. Or the result of
+        `sphere_metrics`.
+      params: The parameters. Only paths and shapes are read.
+      groups: The groups of the recorders; see [`spherical_optax.groups`][].
 
     Returns:
-      From name to number, in the order of the parameters, with the same names from `init` on:
-      those of the recorders that are there, for each leaf with a group.
+      A dictionary from name to number, in the order of the parameters. It has the names of the
+      recorders in the state, for each leaf with a group. The names are the same from `init` on.
 
     Raises:
-      ValueError: If there is no recorder, or several of a kind, or they were made with other
-        groups or for other parameters.
+      ValueError: If there is no recorder, if there are several of one kind, or if they were made
+        with other groups or for other parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -80,10 +81,10 @@ def sphere_report(state_or_metrics: Any, params: Any, groups: Groups) -> dict[st
     for name, paths in found.items():
         if paths != set(shapes):
             raise ValueError(
-                f"sphere_report: expected {name} of {sorted(shapes)}, as groups has it, found that "
-                f"of {sorted(paths)}; pass the groups of the recorder."
+                f"sphere_report: expected {name} of {sorted(shapes)}, the parameters with a group, "
+                f"found {name} of {sorted(paths)}. Pass the groups of the recorder."
             )
-    values = jax.device_get(kept)  # at once
+    values = jax.device_get(kept)  # all at once
     report: dict[str, float] = {}
     for path in (leaf.path for leaf in leaves if leaf.path in shapes):
         for name, metrics in _metrics({name: values[name][path] for name in values}).items():
@@ -92,7 +93,7 @@ def sphere_report(state_or_metrics: Any, params: Any, groups: Groups) -> dict[st
 
 
 def _recorded(state: Any) -> dict[str, Any]:
-    """What the recorders in a state keep, by name."""
+    """The values of the recorders in a state, by name."""
     kinds = tuple(RECORDERS)
     is_recorder: Callable[[Any], bool] = lambda node: isinstance(node, kinds)  # noqa: E731
     found: dict[str, Any] = {}
@@ -104,21 +105,21 @@ def _recorded(state: Any) -> dict[str, Any]:
             name = RECORDERS[type(node)]
             if name in found:
                 raise ValueError(
-                    f"sphere_report: expected one {type(node).__name__}, found several; pass the "
+                    f"sphere_report: expected one {type(node).__name__}, found several. Pass the "
                     "part of the state that holds the one to report."
                 )
             found[name] = getattr(node, name)
             remaining.append(getattr(node, "inner_state", None))
     if not found:
         raise ValueError(
-            "sphere_report: expected a state with a recorder, found none; put record_sphere(groups)"
+            "sphere_report: expected a state with a recorder, found none. Put record_sphere(groups)"
             " last in the chain, or record_gradient(groups) first, and call init again."
         )
     return found
 
 
 def _metrics(recorded: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one leaf."""
+    """The numbers for one leaf, by name."""
     numbers: dict[str, Any] = {}
     if "sphere" in recorded:
         sphere = SphereMetrics(*recorded["sphere"])

@@ -1,20 +1,21 @@
-"""Which parameter entries are radially invariant, and how they group.
+"""Which parameters are radially invariant, and how their entries form groups.
 
-A group is a set of entries x with L(a x) = L(x) for all a > 0. `RadialGroup` says
-how one array splits into groups; a `groups` argument says it for a whole tree, as
+A group is a set of entries x whose length does not change the loss: L(a x) = L(x) for all a > 0.
+`RadialGroup` describes how one array splits into groups. The `groups` argument of an optimizer
+describes a whole tree of parameters. It has one of these forms:
 
 - rules on the parameters' paths, from `groups_by_path`;
-- a tree with the parameters' keys, of `RadialGroup`, `None` (no group) or `True` (one
-  group per output channel) and `False` (no group). An entry may stand for a whole
-  subtree: `groups=True` gives a group to every leaf, biases as well;
-- what `find_radial_groups` returns;
-- a function of the parameters that returns such a tree, reading paths and shapes only.
+- a tree with the parameters' keys. Each entry is a `RadialGroup`, `True` (one group per output
+  channel), or `None` or `False` (no group). An entry may stand for a whole subtree:
+  `groups=True` gives groups to every leaf, including biases;
+- the result of `find_radial_groups`;
+- a function of the parameters that returns such a tree. It may read only paths and shapes.
 
-A tree may be a module with a `__call__`, as one made from an Equinox model is: it is not called.
-`optax.inject_hyperparams` does take everything callable for a schedule, and would call such a tree,
-or a function, with a step count: name it, `static_args=("groups",)`, or use rules.
+A tree may be a callable module, such as an Equinox module. This library does not call it, but
+`optax.inject_hyperparams` calls every callable argument as a schedule, with the step count. If
+`groups` is a callable tree or a function, pass `static_args=("groups",)` there, or use rules.
 
-`describe_groups` shows what was selected.
+`describe_groups` prints the selected groups.
 """
 
 from spherical_optax.groups._by_rule import by_rule, check_rules, check_used

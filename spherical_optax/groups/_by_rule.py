@@ -1,4 +1,4 @@
-"""Numbers by rule: for each joint, that of the first pattern found in its leaves' paths."""
+"""Values by rule: each joint gets the value of the first pattern found in its leaves' paths."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from spherical_optax.groups._rules import first_match
 
 
 def check_rules(who: str, what: str, rules: Mapping[str, Any]) -> None:
-    """Raises unless there are rules, and their keys are regular expressions."""
+    """Raises unless there is at least one rule and all keys are regular expressions."""
     if not rules:
         raise ValueError(f"{who}: expected at least one rule for {what}, found none.")
     for pattern in rules:
@@ -26,7 +26,7 @@ def check_rules(who: str, what: str, rules: Mapping[str, Any]) -> None:
 def by_rule(
     who: str, what: str, rules: Mapping[str, Any], joints: list[Joint], params: Any
 ) -> list[str]:
-    """The first rule found in the paths of each joint; raises where none is, or leaves disagree."""
+    """The first rule that matches each joint; raises if none does or the leaves disagree."""
     leaves = _trees.visible_leaves(params)
     found = []
     for joint in joints:
@@ -36,7 +36,7 @@ def by_rule(
             if match is None:
                 raise ValueError(
                     f"{who}: expected a rule for the {what} of {leaves[i].path}, found none among "
-                    f'{list(rules)}; add ".*" as the last one, for all others.'
+                    f'{list(rules)}. Add ".*" as the last rule to match all other leaves.'
                 )
             said[i] = match[0]
         first, *others = joint
@@ -46,7 +46,7 @@ def by_rule(
                 raise ValueError(
                     f"{who}: expected one {what} for the joint label {joint[i].joint!r}, found "
                     f"{values[1]!r} for {leaves[first].path} and {values[0]!r} for "
-                    f"{leaves[i].path}."
+                    f"{leaves[i].path}. Let one rule match all leaves of the label."
                 )
         found.append(said[first])
     return found
@@ -55,12 +55,13 @@ def by_rule(
 def check_used(
     who: str, what: str, rules: Mapping[str, Any], joints: list[Joint], params: Any
 ) -> None:
-    """Raises a `ValueError` if a rule decides for no leaf with a group."""
+    """Raises a `ValueError` if a rule applies to no leaf with a group."""
     leaves = _trees.visible_leaves(params)
     paths = [leaves[i].path for joint in joints for i in joint]
     used = {match[0] for path in paths if (match := first_match(rules, path))}
     if unused := [pattern for pattern in rules if pattern not in used]:
         raise ValueError(
-            f"{who}: expected each rule for {what} to decide for a leaf with a group, found "
-            f"{unused}, which decide for none of {paths}."
+            f"{who}: expected each rule for {what} to apply to a leaf with a group, found "
+            f"{unused}, which apply to none of {paths}. The first rule that matches a "
+            "path applies to it."
         )

@@ -13,25 +13,25 @@ import numpy as np
 class RadialGroup:
     """How one parameter array splits into radially invariant groups.
 
-    Entries that agree on the index axes form one group; sums run over all other
-    axes. Per-group quantities have the index axes' sizes as their shape, in array
+    Entries with the same indices on the index axes form one group. Sums over a group run over
+    all other axes. Per-group values have the sizes of the index axes as their shape, in array
     order: `(cout,)` for the default on a kernel `(h, w, cin, cout)`.
 
     Args:
-      index_axes: The axes that index the groups. `(-1,)` is one group per output
-        channel of a Flax kernel, `()` the whole array.
-      num_blocks: Splits the last index axis into this many contiguous blocks, one
-        group each (GroupNorm). Must divide that axis.
-      joint: Leaves with the same label, and the same number of groups, form one
-        group together (a kernel and its bias before LayerNorm).
-      ndim: How many axes one kernel has. The index axes are axes of that, and what stands in
-        front, as where `vmap` or `scan` stacks kernels, indexes groups too. `None`: as many as
-        the array has.
+      index_axes: The axes that index the groups. `(-1,)` makes one group per output channel of a
+        Flax kernel. `()` makes the whole array one group.
+      num_blocks: Splits the last index axis into this many contiguous blocks, one group each, as
+        for GroupNorm. It must divide the size of that axis.
+      joint: A label. Leaves with the same label form groups together, such as a kernel and its
+        bias before LayerNorm. They must have the same number of groups.
+      ndim: The number of axes of one kernel; `index_axes` refers to these axes. Axes in front of
+        them, as `vmap` or `scan` makes by stacking kernels, also index groups. With `None` the
+        array is one kernel.
 
     Raises:
       TypeError: If an argument has the wrong type.
-      ValueError: If an axis is repeated, or `num_blocks` or `ndim` is below one, or `num_blocks`
-        has no axis to split.
+      ValueError: If an axis is repeated, `num_blocks` or `ndim` is below one, `num_blocks` has no
+        axis to split, or `joint` is empty or not printable.
 
     Examples:
       >>> from spherical_optax import RadialGroup
@@ -58,7 +58,7 @@ class RadialGroup:
             )
         axes = tuple(_index("index_axes", axis) for axis in axes)
         if len(set(axes)) < len(axes):
-            raise ValueError(f"RadialGroup: index_axes repeats an axis: {axes!r}.")
+            raise ValueError(f"RadialGroup: expected distinct index_axes, found {axes!r}.")
         if self.num_blocks is not None:
             object.__setattr__(self, "num_blocks", _index("num_blocks", self.num_blocks))
             if self.num_blocks < 1:
@@ -67,8 +67,8 @@ class RadialGroup:
                 )
             if not axes:
                 raise ValueError(
-                    "RadialGroup: num_blocks splits the last index axis, and index_axes is "
-                    "empty; name the axis, for example index_axes=(-1,)."
+                    "RadialGroup: expected an index axis for num_blocks to split, found that "
+                    "index_axes is empty. Name the axis, for example index_axes=(-1,)."
                 )
         if self.ndim is not None:
             object.__setattr__(self, "ndim", _index("ndim", self.ndim))
@@ -78,8 +78,8 @@ class RadialGroup:
             raise TypeError(f"RadialGroup: expected joint as a string, found {self.joint!r}.")
         if self.joint is not None and not (self.joint and self.joint.isprintable()):
             raise ValueError(
-                f"RadialGroup: expected a printable label joint, found {self.joint!r}; the "
-                r'first parenthesis of a rule is written as a raw string, r"\1".'
+                f"RadialGroup: expected joint as printable text, found {self.joint!r}. Write a "
+                r'reference to the first parenthesis of a rule as a raw string, r"\1".'
             )
         object.__setattr__(self, "index_axes", axes)
 
@@ -87,12 +87,12 @@ class RadialGroup:
         """The index axes of an array of rank `ndim`, non-negative and ascending.
 
         Raises:
-          ValueError: If an axis is out of range, or named twice (as 1 and as -1), or there are
-            fewer axes than a kernel has.
+          ValueError: If an axis is out of range or named twice (as 1 and as -1), or if the array
+            has fewer axes than a kernel.
         """
         own = ndim if self.ndim is None else self.ndim
         if own > ndim:
-            raise ValueError(f"expected an array of {own} axes or more, found {ndim}")
+            raise ValueError(f"expected an array of at least {own} axes, found {ndim}")
         for axis in self.index_axes:
             if not -own <= axis < own:
                 raise ValueError(
@@ -102,16 +102,16 @@ class RadialGroup:
         axes = tuple(sorted(stacked + axis % own for axis in self.index_axes))
         if len(set(axes)) < len(axes):
             raise ValueError(
-                f"expected distinct index_axes, found {self.index_axes}, "
-                f"which repeats an axis of an array of {own} axes"
+                f"expected distinct index_axes, found {self.index_axes}, which name an axis twice "
+                f"in an array of {own} axes"
             )
         return (*range(stacked), *axes)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of per-group quantities for an array of the given shape.
+        """The shape of per-group values for an array of the given shape.
 
         Raises:
-          ValueError: If the axes do not fit, or `num_blocks` does not divide.
+          ValueError: If the axes do not fit, or `num_blocks` does not divide the last index axis.
         """
         sizes = [shape[axis] for axis in self.axes(len(shape))]
         if self.num_blocks is not None:
@@ -137,10 +137,10 @@ def per_filter(*, axis: int = -1, joint: str | None = None, ndim: int | None = N
     """One group per output channel (BatchNorm).
 
     Args:
-      axis: The axis of the output channels: the last of a Flax kernel, 0 of an Equinox or
-        PyTorch kernel `(out, in, ...)`.
+      axis: The axis of the output channels: the last axis of a Flax kernel, axis 0 of an Equinox
+        or PyTorch kernel `(out, in, ...)`.
       joint: Label shared with the leaves that belong to the same groups.
-      ndim: How many axes one kernel has; those in front are stacks, as in `RadialGroup`.
+      ndim: The number of axes of one kernel; axes in front are stacks, as in `RadialGroup`.
 
     Examples:
       >>> from spherical_optax import per_filter
@@ -159,7 +159,7 @@ def per_layer(*, joint: str | None = None, ndim: int | None = None) -> RadialGro
 
     Args:
       joint: Label shared with the leaves that belong to the same group.
-      ndim: How many axes one kernel has; those in front are stacks, as in `RadialGroup`.
+      ndim: The number of axes of one kernel; axes in front are stacks, as in `RadialGroup`.
 
     Examples:
       >>> from spherical_optax import per_layer
@@ -176,7 +176,7 @@ def per_channel_block(n: int, *, axis: int = -1, joint: str | None = None) -> Ra
 
     Args:
       n: Number of blocks; must divide the number of output channels.
-      axis: The axis of the output channels, as in `per_filter`; 0 also for an Equinox bias.
+      axis: The axis of the output channels, as in `per_filter`. It is 0 for an Equinox bias.
       joint: Label shared with the leaves that belong to the same groups.
 
     Examples:
@@ -206,19 +206,19 @@ def per_head(*, axis: int, joint: str | None = None) -> RadialGroup:
 
 
 Joint: TypeAlias = dict[int, RadialGroup]
-"""Leaves that form groups together, by number: one leaf, or all of a label."""
+"""Leaves that form groups together, by the number of the leaf: one, or all with one label."""
 
 Entry: TypeAlias = RadialGroup | bool | None
-"""What rules and trees hold: a group, `True` for `per_filter()`, `False` or `None` for none."""
+"""An entry of rules and trees: a group, `True` for `per_filter()`, `False` or `None` for none."""
 
 
 def is_entry(value: Any) -> bool:
-    """Whether rules and trees may hold this."""
+    """Whether this may be an entry of rules and trees."""
     return value is None or isinstance(value, RadialGroup | bool | np.bool_)
 
 
 def group_size(joint: Joint, leaves: Any) -> int:
-    """Entries per group, those of all leaves of the joint; leaves are looked up by number."""
+    """Entries per group, counted over all leaves of the joint; `leaves` is indexed by number."""
     return sum(
         math.prod(leaves[i].shape) // max(1, math.prod(group.shape(leaves[i].shape)))
         for i, group in joint.items()

@@ -21,9 +21,10 @@ from spherical_optax.groups._windows import warn_of_windows
 def joints_of(groups: Groups, tree: Any) -> list[Joint]:
     """Resolves `groups` on a tree into joints: one per leaf, or per label of joint leaves.
 
-    Of the tree only paths, shapes and dtypes are read. Leaves are numbered as `_trees.flatten`
-    counts them; those without a group are absent. It raises, with the path, where `groups` does not
-    fit, a leaf with a group has no real floating dtype, or `optax.masked` hides part of a joint.
+    It reads only paths, shapes and dtypes of the tree. Leaves are numbered as in
+    `_trees.flatten`; leaves without a group are absent. It raises an error with the path if
+    `groups` does not fit, if a leaf with a group has no real floating dtype, or if `optax.masked`
+    hides part of a joint.
     """
     leaves = _trees.leaves_with_paths(tree)
     if not leaves:  # optax.tree_map_params calls init with a leafless placeholder
@@ -42,7 +43,7 @@ def joints_of(groups: Groups, tree: Any) -> list[Joint]:
 
 
 def _check_parameters(leaves: list[_trees.Leaf]) -> None:
-    """Raises for what a whole model holds besides its parameters."""
+    """Raises a `TypeError` for leaves of a model that are not parameters."""
     is_linen = {"params", "batch_stats"} <= {key for leaf in leaves for key in leaf.keys[:1]}
     for leaf in leaves:
         value, dtype = leaf.value, getattr(leaf.value, "dtype", None)
@@ -50,8 +51,8 @@ def _check_parameters(leaves: list[_trees.Leaf]) -> None:
             continue
         if isinstance(value, PathRules | FoundGroups | RadialGroup):
             raise TypeError(
-                f"expected a tree of parameters, found {type(value).__name__}; params and groups "
-                "seem to have changed places."
+                f"expected a tree of parameters, found {type(value).__name__}. params and groups "
+                "seem to be swapped."
             )
         if leaf.is_state:
             what = f"a {leaf.box.__name__}"
@@ -64,8 +65,8 @@ def _check_parameters(leaves: list[_trees.Leaf]) -> None:
         else:
             continue
         raise TypeError(
-            f"{leaf.path}: expected an array of parameters, found {what}; pass the parameters "
-            "alone: nnx.state(model, nnx.Param), variables['params'] of a Linen model, "
+            f"{leaf.path}: expected an array of parameters, found {what}. Pass only the "
+            "parameters: nnx.state(model, nnx.Param), variables['params'] of a Linen model, "
             "eqx.filter(model, eqx.is_inexact_array), or "
             "{v.path: v.value for v in model.trainable_variables} of a Keras model."
         )
@@ -80,27 +81,27 @@ def _checked(leaf: _trees.Leaf, group: Entry) -> RadialGroup | None:
     if not hasattr(leaf.value, "dtype"):
         raise TypeError(
             f"{leaf.path}: expected an array for a leaf with a radial group, found "
-            f"{leaf.value!r} of type {type(leaf.value).__name__}; give this leaf None."
+            f"{leaf.value!r} of type {type(leaf.value).__name__}. Give this parameter None."
         )
     shape, dtype = leaf.value.shape, leaf.value.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         split = ", or wrap the optimizer in optax.contrib.split_real_and_imaginary"
         raise TypeError(
             f"{leaf.path} of shape {shape}: expected a real floating dtype for a leaf with "
-            f"a radial group, found {dtype}; give this leaf None"
+            f"a radial group, found {dtype}. Give this parameter None"
             f"{split if jnp.issubdtype(dtype, jnp.complexfloating) else ''}."
         )
     try:
         group.shape(shape)
     except ValueError as error:
         raise ValueError(f"{leaf.path} of shape {shape}: {error}, in {group}.") from None
-    return group if 0 not in shape else None  # a leaf without entries has nothing to turn
+    return group if 0 not in shape else None  # an empty leaf has no direction
 
 
 def _check_none_hidden(
     leaves: list[_trees.Leaf], entries: list[Entry], group_of: list[RadialGroup | None]
 ) -> None:
-    """Raises a `ValueError` where `optax.masked` hides only some leaves of a joint group."""
+    """Raises a `ValueError` if `optax.masked` hides only some leaves of a joint group."""
     hidden: dict[str | None, list[str]] = {}
     for leaf, entry in zip(leaves, entries, strict=True):
         if leaf.hidden and isinstance(entry, RadialGroup) and entry.joint is not None:
@@ -113,13 +114,13 @@ def _check_none_hidden(
             ]
             raise ValueError(
                 f"groups: joint label {label!r}: expected all its leaves or none, found "
-                f"{visible}, while optax.masked or optax.partition hides {hidden[label]}: "
-                "the rest would be another group. Give all of them to one transformation."
+                f"{visible}, while optax.masked or optax.partition hides {hidden[label]}. "
+                "Give all leaves of the label to one transformation."
             )
 
 
 def _joined(grouped: list[tuple[_trees.Leaf, RadialGroup | None]]) -> list[Joint]:
-    """The joints: a leaf for itself, or all leaves of a label, with as many groups each."""
+    """The joints: one per leaf, or per label, whose leaves must have equally many groups."""
     joints: dict[int | str, Joint] = {}
     for i, (leaf, group) in enumerate(grouped):
         if group is None:
@@ -132,18 +133,19 @@ def _joined(grouped: list[tuple[_trees.Leaf, RadialGroup | None]]) -> list[Joint
         count = math.prod(group.shape(leaf.value.shape))
         if count != expected:
             raise ValueError(
-                f"{leaf.path} of shape {leaf.value.shape}: joint label {group.joint!r} is "
-                f"shared with {first.path} of shape {first.value.shape}, expected "
-                f"{expected} groups as there, found {count}."
+                f"{leaf.path} of shape {leaf.value.shape}: expected {expected} groups, as in "
+                f"{first.path} of shape {first.value.shape} with the same joint label "
+                f"{group.joint!r}, found {count}."
             )
     return list(joints.values())
 
 
 def joints_at_init(groups: Groups, params: Any, keeps_radius: str | None = None) -> list[Joint]:
-    """As `joints_of`, for `init`: it looks more closely, once.
+    """Like `joints_of`, with further checks for `init`.
 
-    It warns of groups that look like columns of a convolution's window, or have one entry. For
-    `keeps_radius`, the name of a function that keeps or sets radii, the latter are a `ValueError`.
+    It warns of groups that look like columns of a convolution window, and of groups with one entry.
+    If `keeps_radius` names a function that keeps or sets radii, groups with one entry raise a
+    `ValueError`.
     """
     joints, leaves = joints_of(groups, params), _trees.visible_leaves(params)
     values = [leaf.value for leaf in leaves]
@@ -154,14 +156,15 @@ def joints_at_init(groups: Groups, params: Any, keeps_radius: str | None = None)
     ]
     if single and keeps_radius is not None:
         raise ValueError(
-            f"{keeps_radius}: {single[0]}: expected groups of at least 2 entries, found 1: they "
-            "have no direction to turn; name fewer axes in index_axes, or give the leaf no group."
+            f"{keeps_radius}: {single[0]}: expected groups of at least 2 entries, found 1. A "
+            "single entry cannot rotate. Name fewer axes in index_axes, or give the parameter no "
+            "group."
         )
     if single:
         warnings.warn(
-            f"{'; '.join(single)}: expected groups of at least 2 entries, found 1: entry by entry "
-            "AdamS is Adam, and nothing is projected or transported. Name fewer axes in "
-            "index_axes, or give the leaf no group.",
+            f"{'; '.join(single)}: expected groups of at least 2 entries, found 1. AdamS then "
+            "works entry by entry, as Adam does, and nothing is projected or transported. "
+            "Name fewer axes in index_axes, or give the parameter no group.",
             stacklevel=2,
         )
     warn_of_windows(joints, leaves)
@@ -170,15 +173,15 @@ def joints_at_init(groups: Groups, params: Any, keeps_radius: str | None = None)
 
 
 def _warn_of_narrow_weights(leaves: list[_trees.Leaf]) -> None:
-    """Warns of weights in half precision, once in a program."""
+    """Warns of weights in half precision, once per program."""
     narrow = [leaf for leaf in leaves if leaf.value.dtype.itemsize < 4]
     if narrow:
         first = narrow[0]
         warnings.warn(
             f"{first.path or 'the parameters'}: expected float32 weights in groups, found "
-            f"{first.value.dtype} for {len(narrow)} of {len(leaves)} leaves: steps of less than "
-            "0.4 % of a weight (of float16, 0.05 %) are rounded away. Keep weights in float32, and "
-            "compute in half precision.",
+            f"{first.value.dtype} for {len(narrow)} of {len(leaves)} leaves. bfloat16 rounds away "
+            "steps below 0.4 % of a weight, float16 those below 0.05 %. Keep weights in float32, "
+            "and compute in half precision.",
             UserWarning,
             stacklevel=2,
         )

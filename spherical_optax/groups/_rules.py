@@ -13,9 +13,9 @@ P = TypeVar("P", str, re.Pattern[str])
 
 @dataclasses.dataclass(frozen=True)
 class PathRules:
-    """Rules of `groups_by_path`.
+    """The rules of `groups_by_path`.
 
-    Not callable, so that `optax.inject_hyperparams` does not take it for a schedule.
+    They are not callable, so `optax.inject_hyperparams` does not take them for a schedule.
     """
 
     rules: tuple[tuple[str, Entry], ...]
@@ -25,23 +25,25 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
     r"""Groups named by regular expressions on the parameters' paths.
 
     A path is the leaf's keys joined by slashes, such as `encoder/conv1/kernel`. Rules are tried in
-    order with `re.search`; the first match wins. `conv/kernel` also matches `preconv/kernel`,
+    order with `re.search`; the first match wins. `conv/kernel` also matches `preconv/kernel`;
     `(^|/)conv/kernel` does not. Leaves that no rule matches have no group.
-    In a `joint` label, `\1` stands for the match's first parenthesis: where that matches a
-    module's whole path, one rule forms one joint group per module.
+
+    In a `joint` label, `\1` stands for the text in the first parenthesis of the match. If that
+    parenthesis matches the whole path of a module, one rule makes one joint group per module.
 
     Args:
-      rules: Maps a regular expression to a `RadialGroup`, or to `None` for leaves without a group.
+      rules: Maps a regular expression to a `RadialGroup`, to `True` for `per_filter()`, or to
+        `None` for leaves without a group.
 
     Returns:
       A rules object, accepted wherever `groups` is.
 
     Raises:
       TypeError: If a pattern is not a string, or a value is not a group.
-      ValueError: If there are no rules, a pattern is not a regular expression, or a label
-        names a parenthesis that its pattern lacks; and at `init`, if a rule matches no
-        path, or none that an earlier rule leaves, or gives one label to the same layer
-        of several blocks (`encoder/query` and `decoder/query`).
+      ValueError: If there are no rules, or a pattern is not a regular expression. At `init`, if a
+        rule matches no path, if earlier rules match all its paths, if a label refers to a
+        parenthesis that its pattern lacks, or if a rule gives one label to the same layer of
+        several blocks (`encoder/query` and `decoder/query`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -79,18 +81,20 @@ def groups_by_path(rules: Mapping[str, RadialGroup | bool | None]) -> PathRules:
             raise TypeError(
                 f"groups_by_path: expected a RadialGroup, None, True or False for rule "
                 f"{pattern!r}, found {group!r}."
+                + " Call it, as in so.per_filter()."
+                * callable(group)
             )
     return PathRules(tuple(rules.items()))
 
 
 def first_match(patterns: Iterable[P], path: str) -> tuple[P, re.Match[str]] | None:
-    """The first pattern that is found in a path, with its match; `None` if none is."""
+    """The first pattern that is found in a path, with its match; `None` if there is none."""
     matches = ((pattern, re.search(pattern, path)) for pattern in patterns)
     return next(((pattern, match) for pattern, match in matches if match), None)
 
 
 def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[Entry]:
-    """What the rules say of each leaf."""
+    """The entry that the rules give to each leaf."""
     group_of = dict(rules.rules)
     deciding: set[str] = set()
     labelled: dict[tuple[str, str | None], list[_trees.Leaf]] = {}
@@ -108,7 +112,7 @@ def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[Entry]:
     for (pattern, label), together in labelled.items():
         _check_one_block(pattern, label, together)
     idle = [pattern for pattern in group_of if pattern not in deciding]
-    # Below a subtree that optax.masked hides, other rules may have their leaves.
+    # The leaves of the other rules may be in a subtree that optax.masked hides.
     if not idle or (deciding and any(leaf.hidden for leaf in leaves)):
         return result
     if unused := [p for p in idle if not any(re.search(p, leaf.path) for leaf in leaves)]:
@@ -117,15 +121,15 @@ def by_rules(rules: PathRules, leaves: list[_trees.Leaf]) -> list[Entry]:
             f"{[leaf.path for leaf in leaves]}."
         )
     raise ValueError(
-        f"groups_by_path: every path that {idle} match is decided by an earlier rule; put "
-        f"them first. The rules are {list(group_of)}."
+        f"groups_by_path: earlier rules match every path that {idle} match. Put {idle} first. "
+        f"The rules are {list(group_of)}."
     )
 
 
 def _check_one_block(pattern: str, label: str | None, leaves: list[_trees.Leaf]) -> None:
-    """Raises where one rule joins the same layer of several blocks, as `encoder1/query` of all.
+    """Raises if one rule joins the same layer of several blocks, such as every `query`.
 
-    Layers are the same if their names are, but for numbers.
+    Two layers are the same if their names differ only in digits.
     """
     alike: dict[tuple[str, str], dict[str, str]] = {}
     for leaf in leaves:
@@ -135,20 +139,19 @@ def _check_one_block(pattern: str, label: str | None, leaves: list[_trees.Leaf])
     for modules in alike.values():
         if len(modules) > 1:
             raise ValueError(
-                f"groups_by_path: rule {pattern!r} gives the joint label {label!r} to "
-                f"{list(modules.values())}, the same layer of several blocks, expected one label "
-                'per block; put the block into the label, as r"(.*)/(kernel|bias)" with '
-                r'joint=r"\1" does. Where they are one group indeed, write one rule for each, '
-                "with the same label."
+                f"groups_by_path: rule {pattern!r}: expected one joint label per block, found "
+                f"{label!r} for the same layer of several blocks, {list(modules.values())}. Put "
+                r'the block into the label, as in r"(.*)/(kernel|bias)" with joint=r"\1". If they '
+                "do form one group, write one rule for each, with the same label."
             )
 
 
 def _with_label(group: RadialGroup, match: re.Match[str], leaf: _trees.Leaf) -> RadialGroup:
-    """The group with its label's references to the match filled in."""
+    """The group, with the references in its label replaced by text from the match."""
     try:
         return dataclasses.replace(group, joint=match.expand(group.joint or ""))
     except (re.error, IndexError, ValueError) as error:
         raise ValueError(
-            f"groups_by_path: rule {match.re.pattern!r} gives {leaf.path} the joint label "
-            f"{group.joint!r}, expected a label that its parentheses fill, found: {error}."
+            f"groups_by_path: rule {match.re.pattern!r}: expected a joint label that refers to "
+            f"parentheses of the rule, found {group.joint!r} for {leaf.path}: {error}."
         ) from None

@@ -1,4 +1,4 @@
-"""What was selected, as a table."""
+"""A table of the selected groups."""
 
 import math
 from typing import Any
@@ -20,17 +20,17 @@ def describe_groups(params: Any, groups: Groups) -> str:
       groups: See [`spherical_optax.groups`][].
 
     Returns:
-      One line per leaf that is not `None`, two for a complex one. Entries count all leaves of a
-      joint group together; a dash stands for a leaf without a group. For what
-      `find_radial_groups(..., explain=True)` returns, also the verdict on each leaf and
-      the deviations measured.
+      One line per leaf that is not `None`; a complex leaf has two. Entries are counted over all
+      leaves of a joint group. A dash marks a leaf without a group. For the result of
+      `find_radial_groups(..., explain=True)`, the table also has the verdict on each leaf and the
+      measured deviations.
 
     Raises:
       TypeError, ValueError: If `groups` does not fit `params`.
 
     Warns:
-      UserWarning: If groups on the last axis look like columns of a convolution's window,
-        as in a kernel `(out, in, h, w)`.
+      UserWarning: If groups on the last axis look like columns of a convolution window, as
+        in a kernel `(out, in, h, w)`.
 
     Examples:
       >>> import jax.numpy as jnp

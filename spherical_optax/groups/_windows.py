@@ -1,4 +1,4 @@
-"""A warning of groups that look like columns of a convolution's window."""
+"""A warning of groups that look like columns of a convolution window."""
 
 import warnings
 
@@ -7,7 +7,7 @@ from spherical_optax.groups._group import Joint, RadialGroup
 
 
 def warn_of_windows(joints: list[Joint], leaves: list[_trees.Leaf]) -> None:
-    """Warns the caller's caller of such groups."""
+    """Warns of such groups, at the line of the caller's caller."""
     suspects = []
     for i, group in (item for joint in joints for item in joint.items()):
         shape = leaves[i].value.shape
@@ -15,19 +15,21 @@ def warn_of_windows(joints: list[Joint], leaves: list[_trees.Leaf]) -> None:
         if channels is not None:
             suspects.append(
                 f"{leaves[i].path} of shape {shape}: expected groups of output channels, found "
-                f"groups on its last axis, of size {shape[-1]}, where Equinox and PyTorch have "
-                f"the window; there, index_axes={channels}, as in per_filter(axis=0). If the "
-                f"last axis is meant, say {len(shape) - 1} for -1."
+                f"groups on its last axis, of size {shape[-1]}. In Equinox and PyTorch kernels "
+                f"this axis belongs to the window: use index_axes={channels}, as in "
+                f"per_filter(axis=0). If you mean the last axis, write {len(shape) - 1} instead "
+                "of -1."
             )
     if suspects:
         warnings.warn("\n".join(suspects), UserWarning, stacklevel=3)
 
 
 def _channels_in_front(group: RadialGroup, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The index axes that the groups of a kernel `(out, in, h, w)` should have had, if it is one.
+    """The right index axes if this looks like a kernel `(out, in, h, w)`, `None` otherwise.
 
-    A window's sizes are taken to be equal, of at most 11, and fewer than output channels; two
-    equal sizes of at most 7 in front are a window themselves, of a kernel `(h, w, in, out)`.
+    The last axes count as a window if their sizes are equal, at most 11, and smaller than the
+    number of output channels. If the first two sizes are equal and at most 7, these two axes are
+    the window, of a kernel `(h, w, in, out)`.
     """
     if -1 not in group.index_axes:
         return None

@@ -1,7 +1,7 @@
 """Optimizers, as short chains of the library's transforms.
 
-Arguments that an optax alias has too mean here what they mean there. `groups` is
-required: a spherical optimizer without groups is just Adam or momentum SGD.
+Arguments that an Optax alias also has mean the same here. `groups` is required: without groups, a
+spherical optimizer is plain Adam or momentum SGD.
 """
 
 from spherical_optax._checks.direction import direction

@@ -1,4 +1,4 @@
-"""AdamG and AdamG*: Adam on the unit sphere, and the one that SGD with L2 is."""
+"""AdamG, Adam on the unit sphere, and AdamG*, its variant that is equivalent to SGD with L2."""
 
 import jax
 import optax
@@ -29,27 +29,27 @@ def adamg(
     x' = (x - learning_rate mhat / (sqrt(vhat) + eps)) / |same|
     ```
 
-    and m is transported from x to x'. The first step puts each group on its sphere, or the
-    first few where it is far longer: see `retract`.
+    Then m is transported from x to x'. The first step puts each group on the unit sphere. A group
+    that is much longer needs a few steps: see `retract`.
 
     For `nesterov` and `eps_root` see `adams`.
 
     Args:
-      learning_rate: A number or a schedule: the angle of a step, in radians, to first
-        order, where gradients agree.
+      learning_rate: A number or a schedule. To first order it is the angle per step, in radians,
+        while successive gradients agree.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
       groups: See [`spherical_optax.groups`][].
       other: The optimizer of leaves without a group, as in `hyperball`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
       TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit the
-        parameters, a group has one entry, or other is missing.
+        parameters, a group has one entry, or `other` is missing.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -79,28 +79,30 @@ def adamg(
 def adamg_star(
     learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike = 0.0, *, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamG*: traces the directions of SGD with L2, on the unit sphere.
+    """AdamG*: follows the directions of SGD with L2, on the unit sphere.
 
     ```
     u' = retract(u - (2 beta)^(-1/2) grad L(u) / sqrt(v))        v' = beta v + |grad L(u)|^2
     beta = (1 - learning_rate weight_decay)^4        v_0 = r_0^4 / (2 learning_rate^2 sqrt(beta))
     ```
 
-    Equal to SGD to high order in its effective learning rate: what the growing radius does
-    to SGD's steps, the second moment does here. The first step puts each group on its
-    sphere, or the first few where it is far longer: see `retract`.
+    The directions equal those of SGD to high order in the effective learning rate. In SGD, the
+    growing radius makes steps rotate the weights less; here the second moment does so. The first
+    step puts each group on the unit sphere. A group that is much longer needs a few steps: see
+    `retract`.
 
     Args:
-      learning_rate: That of the SGD, a number.
-      weight_decay: Its L2 factor, a number.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow SGD with L2, at
-        the same rate, which is part of the equivalence; `optax.partition` gives them another.
+      learning_rate: The learning rate of SGD, a number.
+      weight_decay: The L2 factor of SGD, a number.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained by SGD with L2
+        at the same learning rate, which the equivalence requires. For another optimizer of these
+        leaves, use `optax.partition`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""AdamP and SGDP: Adam and momentum SGD with updates projected where gradients are tangent."""
+"""AdamP and SGDP: Adam and momentum SGD, with updates projected where gradients are tangent."""
 
 from typing import Any
 
@@ -31,35 +31,38 @@ def adamp(
     nesterov: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamP: AdamW whose updates are projected where gradients look tangent.
+    """AdamP: AdamW, with updates projected where gradients are nearly tangent.
 
     ```
     p = mhat / (sqrt(vhat) + eps), projected by project_if_tangent
     x' = x - learning_rate (p + weight_decay x (times wd_ratio where projected))
     ```
 
-    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
+    Weight decay is decoupled: it shortens the weights and does not enter the moments.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: Its factor, beside the learning rate.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.adamw`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Decay factor, which is multiplied by the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      delta: Threshold of the cosine of gradient and weight, times sqrt(d).
-      wd_ratio: Factor of the decay where projected, in [0, 1].
-      nesterov: Whether to use b1 m + (1 - b1) g in place of m, corrected as m is (unlike
-        `optax.adam`, which corrects for one step more).
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      delta: Threshold for sqrt(d) times the cosine between gradient and weights, with d entries
+        per group.
+      wd_ratio: Factor on the decay where updates are projected, in [0, 1].
+      nesterov: Whether to use b1 m + (1 - b1) g in place of m. Its bias is corrected as that of m;
+        `optax.adam` corrects it for one more step.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -125,33 +128,37 @@ def sgdp(
     nesterov: bool = False,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SGDP: momentum SGD whose updates are projected where gradients look tangent.
+    """SGDP: momentum SGD, with updates projected where gradients are nearly tangent.
 
     ```
     m = momentum m + (1 - dampening) g, projected by project_if_tangent
     x' = x - learning_rate (m + weight_decay / (1 - momentum) x (times wd_ratio ...))
     ```
 
-    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
+    Weight decay is decoupled: it shortens the weights and does not enter the moments.
 
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
-      dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.sgd`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: Its factor, beside the learning rate; it is divided by 1 - momentum.
+      dampening: Fraction of the gradient that is kept out of the momentum, in [0, 1).
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.sgd`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Decay factor, which is multiplied by the learning rate and divided by
+        1 - momentum.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      delta: Threshold of the cosine of gradient and weight, times sqrt(d).
-      wd_ratio: Factor of the decay where projected, in [0, 1].
+      delta: Threshold for sqrt(d) times the cosine between gradient and weights, with d entries
+        per group.
+      wd_ratio: Factor on the decay where updates are projected, in [0, 1].
       nesterov: Whether to use Nesterov momentum.
-      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
+      accumulator_dtype: dtype of the momentum; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp

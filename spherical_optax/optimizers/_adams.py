@@ -1,4 +1,4 @@
-"""AdamS and AdamSRT, with coupled weight decay and with decoupled."""
+"""AdamS and AdamSRT, with coupled and with decoupled weight decay."""
 
 import jax
 import optax
@@ -34,26 +34,29 @@ def adams(
 
     Weight decay is coupled: weight_decay x is added to the gradient.
 
-    There is no `nesterov`, as no such form is published: for one, put `transport_moments` of
-    `optax.scale_by_adam(nesterov=True)` (or, for `sgdmrt`, of `optax.trace`) before the learning
-    rate. There is no `eps_root`: gradients through the root at zero, which it is for, pass.
+    There is no `nesterov`, because no such form is published. For Nesterov momentum, put
+    `transport_moments(optax.scale_by_adam(nesterov=True), groups)` before the learning rate (for
+    `sgdmrt`, `transport_moments(optax.trace(momentum, nesterov=True), groups)`). There is no
+    `eps_root`: it keeps gradients through the square root finite at zero, and they are finite here.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adam`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.adam`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
       weight_decay: Factor of the L2 term.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -91,8 +94,9 @@ def adamsrt(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamSRT: AdamS whose moments are rescaled and transported as the groups move.
 
-    The update is that of `adams`; the moments are carried as `transport_moments` does, and
-    kept as `scale_by_adamsrt` says. For `nesterov` and `eps_root` see `adams`.
+    The update formula is that of `adams`. Between steps the moments are rescaled and transported
+    as by `transport_moments`; `scale_by_adamsrt` describes the stored form. For `nesterov` and
+    `eps_root` see `adams`.
 
     Weight decay is coupled: weight_decay x is added to the gradient.
 
@@ -101,18 +105,20 @@ def adamsrt(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adam`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: In groups it acts 1 - b1 times as strongly as in `adams`: its momentum is
-        radial, and not carried.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.adam`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Factor of the L2 term. In groups it acts 1 - b1 times as strongly as in
+        `adams`, because its momentum is radial and is not carried to the next step.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -154,8 +160,8 @@ def adamsw(
     x' = x - learning_rate (sqrt(d) mhat / (sqrt(vhat) + eps) + weight_decay x)
     ```
 
-    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
-    It does not turn a group, and sets how large its effective learning rate becomes. For
+    Weight decay is decoupled: it shortens the weights and does not enter the moments.
+    It does not rotate a group, but determines how large its effective learning rate becomes. For
     `nesterov` and `eps_root` see `adams`.
 
     Args:
@@ -163,17 +169,19 @@ def adamsw(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: Its factor, beside the learning rate.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.adamw`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Decay factor, which is multiplied by the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -211,25 +219,28 @@ def adamsrtw(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamSRT with decoupled weight decay.
 
-    Weight decay is decoupled: it shortens the weights, and the moments do not see it.
-    The update is that of `adamsw`; moments are carried as in `adamsrt`, and rescaled along decay.
+    The update formula is that of `adamsw`. The moments are carried as in `adamsrt`, and are also
+    rescaled when decay changes the length of a group. Weight decay is decoupled: it shortens the
+    weights and does not enter the moments.
 
     Args:
       learning_rate: A number or a schedule.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: Its factor, beside the learning rate.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.adamw`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Decay factor, which is multiplied by the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Parts that the chains share: weight decay, and learning rates in and out of groups."""
+"""Parts that the optimizers share: weight decay, learning rates, and steps at a fixed radius."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ from spherical_optax.transforms._learning_rates import Rates, learning_rates_as
 
 
 def decays(weight_decay: Any) -> bool:
-    """Whether there is weight decay: not if it is known to be 0."""
+    """Whether there is weight decay: `False` only for the Python number 0."""
     return not (isinstance(weight_decay, int | float) and weight_decay == 0)
 
 
 def decayed_weights(who: str, weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
-    """Adds weight_decay x: L2 before the moments, decoupled decay after them."""
+    """Adds weight_decay x, which is L2 before the moments and decoupled decay after them."""
     check_number(who, "weight_decay", weight_decay)
     if not decays(weight_decay):
         return optax.identity()
@@ -44,7 +44,7 @@ def learning_rates(
     other_learning_rate: optax.ScalarOrSchedule | None,
     groups: Groups,
 ) -> optax.GradientTransformation:
-    """Scales by minus the learning rate, and by minus another on leaves without a group."""
+    """Scales by minus the learning rate, which may be another one for leaves without a group."""
     other = None
     if other_learning_rate is not None:
         check_learning_rate(who, other_learning_rate, "other_learning_rate")
@@ -53,12 +53,12 @@ def learning_rates(
 
 
 def no_weight_decay(who: str, weight_decay: Any) -> None:
-    """Raises a `TypeError` where weight decay is given to an optimizer that fixes the radius."""
+    """Raises a `TypeError` if weight decay is given to an optimizer that fixes the radius."""
     if weight_decay is not None:
         raise TypeError(
-            f"{who}: expected no weight_decay, found {weight_decay!r}: the radius of groups is "
-            "fixed, so it would do nothing there. That of other leaves goes with their optimizer: "
-            f"{who}(..., other=optax.adamw(learning_rate, weight_decay=...))."
+            f"{who}: expected no weight_decay, found {weight_decay!r}. The radius of groups is "
+            "fixed, so decay would have no effect there. Give the decay of other leaves to their "
+            f"optimizer: {who}(..., other=optax.adamw(learning_rate, weight_decay=...))."
         )
 
 
@@ -73,12 +73,12 @@ def at_fixed_radius(
     *,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Groups take steps of an angle along the direction of inner, and keep a radius."""
+    """An optimizer whose groups step by an angle along inner's direction, at a fixed radius."""
     check_transformation(who, inner)
     warn_of_angle(who, angle)
     initial = isinstance(radius, str) and radius == "initial"
     return chain(
-        require_spheres(who, groups, center=center, warn=not initial),  # retract warns of its own
+        require_spheres(who, groups, center=center, warn=not initial),  # retract warns itself
         require_other(who, groups, other),
         require_direction(who, inner, groups),
         optax.masked(inner, in_groups(groups, True)),

@@ -1,4 +1,4 @@
-"""Hyperball: steps of a given angle at a fixed radius, along any direction, Adam's or Muon's."""
+"""Hyperball: steps of a given angle at a fixed radius, along Adam's, Muon's or any direction."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from optax import contrib
 from spherical_optax import _trees
 from spherical_optax._checks import check_adam, check_number
 from spherical_optax._checks.arguments import groups_by_name
+from spherical_optax._checks.direction import direction
 from spherical_optax.groups import Groups, RadialGroup, joints_of
 from spherical_optax.optimizers._common import at_fixed_radius, no_weight_decay
 from spherical_optax.transforms import normalize_updates
@@ -32,32 +33,35 @@ def hyperball(
     x' = r normalize(x - learning_rate |x| w / |w|)
     ```
 
-    with w the direction of `inner` and r the length that training begins with. `adamh` and
-    `muonh` are this with the directions of Adam and of Muon.
+    Here w is the direction of `inner`, and r is the length of the group when training begins.
+    `adamh` and `muonh` are `hyperball` with the directions of Adam and Muon.
 
-    Groups need a length: initialise output projections with something else than zeros. A group
-    of length 0 does not move; `init` refuses it, and warns where it is traced, as by `jax.jit`.
+    A group of length 0 never moves, so do not initialize output projections with zeros. `init`
+    raises an error for such a group. Inside `jax.jit`, `init` cannot see the values, and a warning
+    appears when the program runs.
 
     Args:
-      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`, not
-        a whole optimizer, whose update has its sign turned already.
-      learning_rate: The length of a step relative to the radius: a number or a schedule, or a
-        dictionary from regular expressions on paths to these, of which the first found
-        (`re.search`) decides. Rates and scales inside of `inner` cancel in groups.
+      inner: The transformation that gives the direction: a `scale_by_*` or `optax.trace`. It must
+        not be a complete optimizer, whose updates already have the opposite sign.
+      learning_rate: The length of a step relative to the radius: a number, a schedule, or a
+        dictionary from regular expressions on paths to numbers or schedules. In a dictionary the
+        first pattern found in a path (`re.search`) decides. Learning rates and scales inside
+        `inner` cancel in groups.
       groups: See [`spherical_optax.groups`][].
-      other: The optimizer of leaves without a group, whole, such as `optax.adamw(1e-3)`; it has
-        to be given where there are such leaves. `inner` sees leaves with a group only.
-      radius: The radius to keep, as in `retract`: `"initial"` for the length that training begins
-        with, or one of the forms of `place_on_sphere`, which puts weights there at once;
-        `retract` takes a few steps where they are far outside.
+      other: The complete optimizer of leaves without a group, such as `optax.adamw(1e-3)`. It is
+        required if there are such leaves. `inner` sees only leaves with a group.
+      radius: The radius to keep, as in `retract`: `"initial"` for the length when training
+        begins, or one of the forms of `place_on_sphere`. Weights that are much longer than the
+        radius need a few steps to get there; `place_on_sphere` puts them there at once.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If inner is no transformation or a number is out of range; at `init`,
-        if `groups` does not fit the parameters, no leaf has a group, a group has one entry or is
-        known to have norm zero, inner's updates point against the gradients, or other is missing.
+      TypeError, ValueError: If `inner` is not a transformation or a number is out of range. At
+        `init`, if `groups` does not fit the parameters, no leaf has a group, a group has one entry
+        or is known to have norm zero, the updates of `inner` point against the gradients, or
+        `other` is missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -77,7 +81,7 @@ def hyperball(
 def _hyperball(
     who: str, inner: Any, learning_rate: Rates, groups: Groups, other: Any, radius: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Hyperball under the name of the function that was called."""
+    """`hyperball`, with the name of the function that was called for messages."""
     step = (normalize_updates(groups),)
     return at_fixed_radius(who, inner, step, learning_rate, groups, other, radius)
 
@@ -102,27 +106,28 @@ def adamh(
     w = mhat / (sqrt(vhat) + eps)        x' = r normalize(x - learning_rate r w / |w|)
     ```
 
-    with r the length that training begins with. There is no weight decay in groups, whose radius
-    is fixed.
+    Here r is the length of the group when training begins. Groups have no weight decay, because
+    their radius is fixed.
 
     Args:
       learning_rate: The length of a step relative to the radius, as in `hyperball`.
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. As published a group is a matrix,
-        `per_layer()`, of stacked layers `RadialGroup((0,))`; finer groups keep a radius each.
+      groups: See [`spherical_optax.groups`][]. As published, each matrix is one group:
+        `per_layer()`, or `RadialGroup((0,))` for stacked layers. With finer groups, each group
+        keeps its own radius.
       other: The optimizer of leaves without a group, as in `hyperball`.
       nesterov: Whether to use Nesterov momentum, as in `optax.adam`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
       radius: The radius to keep, as in `hyperball`.
-      weight_decay: Nothing, as the error says: other leaves have the decay of `other`.
+      weight_decay: Must be `None`. Give the decay of leaves without a group to `other`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, where `hyperball` raises.
+      TypeError, ValueError: If a number is out of range; at `init`, as in `hyperball`.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -140,7 +145,7 @@ def adamh(
     check_adam("adamh", b1, b2, eps)
     no_weight_decay("adamh", weight_decay)
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov)
-    return _hyperball("adamh", adam, learning_rate, groups, other, radius)
+    return _hyperball("adamh", direction(adam), learning_rate, groups, other, radius)
 
 
 @groups_by_name
@@ -164,35 +169,40 @@ def muonh(
     x' = r normalize(x - learning_rate r w / |w|)
     ```
 
-    with r the length that training begins with. The matrix of a group is its two axes; those that
-    index groups, as of stacked layers and experts, are batch axes. Of kernels of two axes whose
-    groups are rows or columns, Muon's matrix is the kernel. A convolution's kernel, with a window
-    of equal sizes up to 7 in front as in `(h, w, in, out)`, is a matrix `(h w in, out)`. Of all
-    else `weight_dimension_numbers` says which axes are a matrix's rows, and which its columns.
+    Here r is the length of the group when training begins. Muon needs a matrix:
+
+    - In a group of two axes, these are the rows and the columns. The axes that index groups, such
+      as those of stacked layers or experts, are batch axes.
+    - If the groups are the rows or the columns of a kernel, the whole kernel is the matrix.
+    - The kernel `(h, w, in, out)` of a convolution, with h = w at most 7, is a matrix
+      `(h w in, out)`.
+    - In all other arrays, `weight_dimension_numbers` names the axes of rows and columns.
 
     Args:
       learning_rate: The length of a step relative to the radius, as in `hyperball`.
       momentum: Decay rate of Muon's momentum, in [0, 1).
       groups: See [`spherical_optax.groups`][].
       other: The optimizer of leaves without a group, as in `hyperball`.
-      bias_correction: Whether the Nesterov momentum is corrected for its bias, as in
-        `optax.contrib.muon`; without it, it is that of `optax.trace`, as in marin.
-      ns_steps: Newton-Schulz iterations.
-      mu_dtype: dtype of the momentum; the parameter's if `None`.
+      bias_correction: Whether to correct the bias of the Nesterov momentum, as in
+        `optax.contrib.muon`. Without it, the momentum is that of `optax.trace`, as in the code of
+        Marin.
+      ns_steps: Number of Newton-Schulz iterations.
+      mu_dtype: dtype of the momentum; that of the parameter if `None`.
       weight_dimension_numbers: An `optax.contrib.MuonDimensionNumbers` for all leaves with a
         group, a tree of them like params, or a function from params to such a tree, as in
-        `optax.contrib.muon`; where it has `None`, as described above. Such as
-        `MuonDimensionNumbers(0, (1, 2))` for queries `(d, heads, k)`, and `((0, 1), 2)` for the
-        way back `(heads, k, d)`. Axes that it does not name are batch axes.
+        `optax.contrib.muon`. `None` stands for the rules above. Examples are
+        `MuonDimensionNumbers(0, (1, 2))` for queries `(d, heads, k)` and
+        `MuonDimensionNumbers((0, 1), 2)` for an output projection `(heads, k, d)`. Axes that it
+        does not name are batch axes.
       radius: The radius to keep, as in `hyperball`.
-      weight_decay: Nothing, as the error says: other leaves have the decay of `other`.
+      weight_decay: Must be `None`. Give the decay of leaves without a group to `other`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if it is not known which axes
-        are a matrix's, or they do not fit, and where `hyperball` raises.
+      TypeError, ValueError: If a number is out of range; at `init`, if the axes of a matrix are
+        unknown or do not fit, and as in `hyperball`.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -225,11 +235,17 @@ def muonh(
                 ns_steps=ns_steps, beta=0.0, nesterov=False, weight_dimension_numbers=dimensions
             ),
         )
-    return _hyperball("muonh", muon, learning_rate, groups, other, radius)
+
+    def init(params: optax.Params) -> optax.OptState:
+        dimensions(params)  # raises here, not at the first update
+        return muon.init(params)
+
+    inner = direction(optax.GradientTransformation(init, muon.update))
+    return _hyperball("muonh", inner, learning_rate, groups, other, radius)
 
 
 def _matrices(groups: Groups, given: Any, tree: Any) -> Any:
-    """Muon's axes for each leaf with a group; raises a `ValueError` where they are not known."""
+    """Muon's axes for each leaf with a group; raises a `ValueError` if they are not known."""
     leaves, treedef = _trees.visible_leaves(tree), _trees.flatten(tree)[1]
     given_for = _given(given, tree)
     axes: list[Any] = [None if leaf.value is None else False for leaf in leaves]
@@ -241,7 +257,7 @@ def _matrices(groups: Groups, given: Any, tree: Any) -> Any:
 
 
 def _given(given: Any, tree: Any) -> Callable[[_trees.Leaf], Any]:
-    """What the user says of a leaf: an entry for it or for a node above, or in its box."""
+    """Looks up the user's entry for a leaf: for the leaf itself, a node above it, or its box."""
     entries = jax.tree.leaves_with_path(
         given(tree) if callable(given) else given,
         is_leaf=lambda node: isinstance(node, contrib.MuonDimensionNumbers),
@@ -255,7 +271,7 @@ def _given(given: Any, tree: Any) -> Callable[[_trees.Leaf], Any]:
     unknown = ["/".join(keys) for keys in by_keys if not any(meet(keys, leaf) for leaf in leaves)]
     if leaves and unknown:
         raise ValueError(
-            "muonh: expected weight_dimension_numbers with paths of the parameters, found "
+            "muonh: expected weight_dimension_numbers to have paths of the parameters, found "
             f"{unknown}, which no parameter has. The paths are {[leaf.path for leaf in leaves]}."
         )
     return lambda leaf: next((each for keys, each in by_keys.items() if meet(keys, leaf)), None)
@@ -271,7 +287,7 @@ def _fitting(leaf: _trees.Leaf, given: Any) -> contrib.MuonDimensionNumbers:
             return given
     raise ValueError(
         f"muonh: {leaf.path} of shape {leaf.value.shape}: expected weight_dimension_numbers "
-        f"MuonDimensionNumbers(rows, columns), of distinct axes from {-ndim} to {ndim - 1}, "
+        f"MuonDimensionNumbers(rows, columns), with distinct axes from {-ndim} to {ndim - 1}, "
         f"found {given!r}."
     )
 
@@ -282,7 +298,7 @@ def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbe
     summed = [axis for axis in range(ndim) if axis not in index]
     if len(summed) == 2:
         return contrib.MuonDimensionNumbers(*summed)
-    if 2 in (ndim, group.ndim) and summed:  # of groups that are rows or columns, all together
+    if 2 in (ndim, group.ndim) and summed:  # groups are rows or columns of the kernel
         return contrib.MuonDimensionNumbers(ndim - 2, ndim - 1)
     # A convolution's kernel whose groups are output channels is one matrix.
     own = [*summed, ndim - 1] if index[-1:] == (ndim - 1,) else summed
@@ -291,8 +307,8 @@ def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbe
         return contrib.MuonDimensionNumbers(tuple(own[:-1]), own[-1])
     raise ValueError(
         f"muonh: {leaf.path} of shape {shape}: expected a group of two axes for Muon, or a kernel "
-        f"(h, w, in, out), found {len(summed)} axes beside {index} that index groups; say which "
-        "are a matrix's rows and columns, as in weight_dimension_numbers={..., "
-        "optax.contrib.MuonDimensionNumbers(0, (1, 2))}, name axes of stacked matrices in "
-        "index_axes, or give it no group."
+        f"(h, w, in, out), found {len(summed)} axes besides {index}, which index groups. Name the "
+        "rows and columns in weight_dimension_numbers, such as "
+        "optax.contrib.MuonDimensionNumbers(0, (1, 2)). Or, if matrices are stacked, give the axes "
+        "of one: so.per_layer(ndim=2). Or give the parameter no group."
     )

@@ -1,4 +1,4 @@
-"""Rotational variants: each group turns by a given angle on average, at a fixed radius."""
+"""Rotational optimizers: each group rotates by a given average angle, at a fixed radius."""
 
 import math
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from spherical_optax._checks import (
     check_number,
 )
 from spherical_optax._checks.arguments import groups_by_name
+from spherical_optax._checks.direction import direction
 from spherical_optax._masks import Mask
 from spherical_optax.groups import Groups
 from spherical_optax.optimizers._common import at_fixed_radius, decayed_weights
@@ -36,15 +37,15 @@ def rotational(
     eps: jax.typing.ArrayLike = 1e-8,
     center: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rotational variant of any optimizer: each group turns by a given angle on average.
+    """Rotational variant of any optimizer: each group rotates by a given angle on average.
 
     ```
     p = w - <w, u> u        s = decay s + (1 - decay) |p|^2
     x' = r normalize(x - average_angle r p / (sqrt(shat) + eps))
     ```
 
-    with w the direction of `inner` and r the length that training begins with. Groups need a
-    length, as in `hyperball`.
+    Here w is the direction of `inner`, and r is the length of the group when training begins. A
+    group of length 0 never moves, as in `hyperball`.
 
     Args:
       inner: The transformation that gives the direction, as in `hyperball`.
@@ -54,15 +55,15 @@ def rotational(
       radius: The radius to keep, as in `retract`.
       decay: Decay rate of the running mean of squared update norms, in [0, 1).
       eps: Added to the running norm.
-      center: Whether to remove the mean of each group's update, so that weights stay centred;
-        they must be so at `init`: see `center_params`.
+      center: Whether to remove the mean of each group's update. Centered weights then stay
+        centered. They must be centered at `init`: see `center_params`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: Where `hyperball` raises; at `init`, also if a group is known to have
-        a mean that `center` forbids.
+      TypeError, ValueError: As in `hyperball`; at `init`, also if `center` is set and a group is
+        known to have a mean.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -94,7 +95,7 @@ def _rotational(
     decay: Any = 0.9,
     eps: Any = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """The rotational variant under the name of the function that was called."""
+    """`rotational`, with the name of the function that was called for messages."""
     step = (
         center_updates(groups) if center else optax.identity(),
         project_radial(groups),
@@ -110,15 +111,16 @@ def _equilibrium(
     weight_decay: Any,
     factor: Any,
 ) -> tuple[optax.ScalarOrSchedule, optax.ScalarOrSchedule]:
-    """The angle sqrt(2 learning_rate weight_decay factor), and other leaves' learning rate."""
+    """The angle sqrt(2 learning_rate weight_decay factor), and the rate of other leaves."""
     other = learning_rate if other_learning_rate is None else other_learning_rate
     check_learning_rate(who, learning_rate)
     check_learning_rate(who, other, "other_learning_rate")
     check_number(who, "weight_decay", weight_decay)
     if not isinstance(weight_decay, jax.core.Tracer) and weight_decay == 0:
         raise ValueError(
-            f"{who}: expected weight_decay above 0, found 0: the angle follows from it, and groups "
-            "would not turn; use rotational(inner, ..., average_angle), or hyperball."
+            f"{who}: expected weight_decay above 0, found 0. The angle is proportional to its "
+            "square root, so groups would not rotate. To set the angle itself, use "
+            "rotational(inner, average_angle, ...) or hyperball."
         )
 
     def angle(rate: Any) -> jax.Array:
@@ -145,7 +147,7 @@ def rotational_adamw(
     radius: Radius | Literal["initial"] = "initial",
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rotational AdamW: groups turn as AdamW turns them in equilibrium.
+    """Rotational AdamW: groups rotate by the average angle of AdamW in equilibrium.
 
     ```
     average angle = sqrt(2 learning_rate weight_decay (1 - b1) / (1 + b1))
@@ -156,20 +158,21 @@ def rotational_adamw(
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.adamw`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: It sets the angle; decoupled decay of leaves without a group.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.adamw`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Sets the angle of groups. Leaves without a group have it as decoupled decay.
       mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
       center: See `rotational`.
       radius: The radius to keep, as in `retract`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, where
-        `rotational` raises, or if mask does not fit.
+      TypeError, ValueError: If a number is out of range, or `weight_decay` is 0; at `init`, as in
+        `rotational`, or if `mask` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -190,7 +193,7 @@ def rotational_adamw(
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     decay = decayed_weights(who, weight_decay, mask)
     other = optax.chain(adam, decay, optax.scale_by_learning_rate(rate))
-    return _rotational(who, adam, angle, other, groups, radius, center)
+    return _rotational(who, direction(adam), angle, other, groups, radius, center)
 
 
 @groups_by_name
@@ -206,7 +209,7 @@ def rotational_sgdm(
     radius: Radius | Literal["initial"] = "initial",
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rotational momentum SGD: groups turn as momentum SGD turns them in equilibrium.
+    """Rotational momentum SGD: groups rotate by its average angle in equilibrium.
 
     ```
     average angle = sqrt(2 learning_rate weight_decay / (1 + momentum))
@@ -215,21 +218,21 @@ def rotational_sgdm(
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
         `optax.sgd` after `optax.add_decayed_weights`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: It sets the angle, and coupled decay of leaves without a group.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Sets the angle of groups. Leaves without a group have it as coupled decay.
       mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
       center: See `rotational`.
       radius: The radius to keep, as in `retract`.
-      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
+      accumulator_dtype: dtype of the momentum; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, where
-        `rotational` raises, or if mask does not fit.
+      TypeError, ValueError: If a number is out of range, or `weight_decay` is 0; at `init`, as in
+        `rotational`, or if `mask` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -250,7 +253,7 @@ def rotational_sgdm(
     trace = optax.trace(momentum, accumulator_dtype=accumulator_dtype)
     sgd = optax.sgd(rate, momentum, accumulator_dtype=accumulator_dtype)
     other = optax.chain(decayed_weights(who, weight_decay, mask), sgd)
-    return _rotational(who, trace, angle, other, groups, radius, center)
+    return _rotational(who, direction(trace), angle, other, groups, radius, center)
 
 
 @groups_by_name
@@ -267,7 +270,7 @@ def rotational_lion(
     radius: Radius | Literal["initial"] = "initial",
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Rotational Lion: groups turn as Lion turns them in equilibrium.
+    """Rotational Lion: groups rotate by the average angle of Lion in equilibrium.
 
     ```
     average angle = sqrt(pi learning_rate weight_decay ((1 - b1)^2 + b1^2 (1 - b2) / (1 + b2)))
@@ -275,22 +278,23 @@ def rotational_lion(
 
     Args:
       learning_rate: A number or a schedule.
-      b1: Weight of the momentum in the sign's argument, in [0, 1).
+      b1: Weight of the momentum inside the sign function, in [0, 1).
       b2: Decay rate of the momentum, in [0, 1).
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.lion`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: It sets the angle; decoupled decay of leaves without a group.
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.lion`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Sets the angle of groups. Leaves without a group have it as decoupled decay.
       mask: The leaves without a group that decay, as in `optax.adamw`; all if `None`.
       center: See `rotational`.
       radius: The radius to keep, as in `retract`.
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range, or weight_decay is 0; at `init`, where
-        `rotational` raises, or if mask does not fit.
+      TypeError, ValueError: If a number is out of range, or `weight_decay` is 0; at `init`, as in
+        `rotational`, or if `mask` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -311,4 +315,4 @@ def rotational_lion(
     lion = optax.scale_by_lion(b1, b2, mu_dtype=mu_dtype)
     decay = decayed_weights(who, weight_decay, mask)
     other = optax.chain(lion, decay, optax.scale_by_learning_rate(rate))
-    return _rotational(who, lion, angle, other, groups, radius, center)
+    return _rotational(who, direction(lion), angle, other, groups, radius, center)

@@ -35,19 +35,22 @@ def sgdmrt(
     Args:
       learning_rate: A number or a schedule.
       momentum: Decay rate of the momentum, in [0, 1).
-      dampening: Fraction of the gradient kept out of the momentum, in [0, 1).
-      groups: See [`spherical_optax.groups`][]. Leaves without a group follow `optax.sgd`.
-      other_learning_rate: That of leaves without a group; `learning_rate` if `None`.
-      weight_decay: In groups it acts 1 - momentum times as strongly as in `optax.sgd` after
-        `optax.add_decayed_weights`: its momentum is radial, and not carried.
+      dampening: Fraction of the gradient that is kept out of the momentum, in [0, 1).
+      groups: See [`spherical_optax.groups`][]. Leaves without a group are trained as by
+        `optax.sgd`.
+      other_learning_rate: The learning rate of leaves without a group; `learning_rate` if `None`.
+      weight_decay: Factor of the L2 term. In groups it acts 1 - momentum times as strongly as in
+        `optax.sgd` after `optax.add_decayed_weights`, because its momentum is radial and is not
+        carried to the next step.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
+      accumulator_dtype: dtype of the momentum; that of the parameter if `None`.
 
     Returns:
       The optimizer; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups or mask do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` or `mask`
+        does not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,9 +1,10 @@
-"""Optax transformations of radially invariant groups: project, scale, transport, retract.
+"""Optax transformations for radially invariant groups: project, scale, transport, retract.
 
-Each takes `groups` (see `spherical_optax.groups`), leaves other parameters alone, and
-ignores extra arguments. Per-group state is one value per group, kept on every leaf of
-a joint group; a leaf without a group keeps one zero there, so that every tree in the
-state has the structure of the parameters.
+Each takes `groups` (see `spherical_optax.groups`) and ignores extra arguments. Leaves without a
+group keep their updates, unless a docstring names another transformation for them. Per-group state
+has one value per group, on every leaf of a joint group. A leaf without a group has a single zero
+there, or the state of its other transformation. So every tree in the state has the structure of the
+parameters.
 """
 
 from spherical_optax._engine.chain import chain

@@ -1,4 +1,4 @@
-"""AdamG's moments: group moments that are transported, without a rescaling."""
+"""AdamG's moments: group moments that are transported but not rescaled."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ class ScaleByAdamgState(NamedTuple):
 
     Attributes:
       count: Number of updates so far.
-      mu: First moments without their radial part, like the parameters; 0 for a leaf with no group.
+      mu: First moments without their radial part, like the parameters; one 0 for a leaf without a
+        group.
       nu: Second moments, one per group.
     """
 
@@ -39,14 +40,14 @@ def scale_by_adamg(
     groups: Groups,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Group moments, transported as the groups move on spheres of a fixed radius.
+    """Scales by group moments, transported as the groups move on spheres of a fixed radius.
 
     ```
     m = b1 T(m) + (1 - b1) g        v = b2 v + (1 - b2) |g|^2        (v: one per group)
     mhat / (sqrt(vhat) + eps)
     ```
 
-    with hats for Adam's bias corrections, and T the transport from the last point to x, as in
+    Hats denote Adam's bias correction. T is the transport from the previous point to x, as in
     `transport_moments`. Leaves without a group keep their update.
 
     Args:
@@ -54,13 +55,13 @@ def scale_by_adamg(
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
       groups: See [`spherical_optax.groups`][].
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       A transformation with state `ScaleByAdamgState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""AdamG*: the Adam on the sphere that SGD with L2 is."""
+"""AdamG*: a variant of Adam on the sphere that is equivalent to SGD with L2."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ class ScaleByAdamgStarState(NamedTuple):
     """State of `scale_by_adamg_star`.
 
     Attributes:
-      accumulator: 2 learning_rate^2 sqrt(beta) v of the formula, one per group: r^4 for the
-        radius r that SGD would have; 0 before the first update.
+      accumulator: 2 learning_rate^2 sqrt(beta) v of the formula, one value per group. It is r^4
+        for the radius r that SGD would have, and 0 before the first update.
     """
 
     accumulator: optax.Params
@@ -31,29 +31,29 @@ class ScaleByAdamgStarState(NamedTuple):
 def scale_by_adamg_star(
     learning_rate: jax.typing.ArrayLike, weight_decay: jax.typing.ArrayLike, *, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
-    """The step on the sphere that SGD with L2 makes, from a second moment alone.
+    """Makes the steps of SGD with L2 on the sphere, with only a second moment as state.
 
     ```
     beta = (1 - learning_rate weight_decay)^4        v_0 = r_0^4 / (2 learning_rate^2 sqrt(beta))
     step of u:  - (2 beta)^(-1/2) grad L(u) / sqrt(v),   then  v = beta v + |grad L(u)|^2
     ```
 
-    with grad L(u) = |x| grad L(x) for the direction u = x / |x|, and r_0 the length that training
-    begins with; the step of x is |x| times that of u. Leaves without a group take the step of SGD
-    with L2. What is kept does not depend on the learning rate: one that is injected and changes
-    does what it does to SGD.
+    Here u = x / |x| is the direction, and grad L(u) = |x| grad L(x) its gradient. r_0 is the length
+    of the group when training begins. The step of x is |x| times the step of u. Leaves without a
+    group take the step of SGD with L2. The state does not depend on the learning rate, so an
+    injected learning rate that changes has the same effect as on SGD.
 
     Args:
-      learning_rate: That of the SGD, a number.
-      weight_decay: Its L2 factor, a number; learning_rate weight_decay is below 1.
+      learning_rate: The learning rate of SGD, a number.
+      weight_decay: The L2 factor of SGD, a number. learning_rate weight_decay must be below 1.
       groups: See [`spherical_optax.groups`][].
 
     Returns:
-      A transformation with state `ScaleByAdamgStarState`; `update` needs params, and
-      includes the learning rate's sign.
+      A transformation with state `ScaleByAdamgStarState`; `update` needs params. The updates
+      include the learning rate and its sign: add them to the parameters.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -85,10 +85,10 @@ def scale_by_adamg_star(
 
     def on_group(g: Vector, x: Vector, state: Any) -> tuple[Vector, Any]:
         square = x.square()
-        # As for a radius: 0 is no memory, and the length found is the one to begin with.
+        # 0 means no memory, as for a remembered radius: begin with the current length.
         fourth = jnp.where(state.accumulator > 0, state.accumulator, square**2)
         root = safe_sqrt(fourth)
-        # Without a direction, or a radius of SGD's, the step is that of SGD.
+        # If the length of the group or the radius of SGD is 0, take the step of SGD.
         known = (square > 0) & (root > 0)
         factor = jnp.where(known, square / (shrinkage * jnp.where(known, root, 1)), 1)
         grown = 2 * (rate * shrinkage) ** 2 * square * g.square()

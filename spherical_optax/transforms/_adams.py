@@ -23,7 +23,7 @@ class ScaleByAdamsState(NamedTuple):
     Attributes:
       count: Number of updates so far.
       mu: First moments, like the parameters.
-      nu: Second moments, one per group; like the parameter for a leaf with no group.
+      nu: Second moments, one per group; one per entry for a leaf without a group.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -47,23 +47,24 @@ def scale_by_adams(
     sqrt(d) mhat / (sqrt(vhat) + eps)
     ```
 
-    with d the entries per group and hats for Adam's bias corrections. One scale per group keeps the
-    gradient's direction, which Adam deforms. Leaves without a group get `optax.scale_by_adam`.
+    Here d is the number of entries per group, and hats denote Adam's bias correction. One scale per
+    group keeps the direction of the gradient; Adam's scale per entry changes it. Leaves without a
+    group get `optax.scale_by_adam`.
 
     Args:
       b1: Decay rate of the first moment, in [0, 1).
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
       groups: See [`spherical_optax.groups`][].
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
-      sqrt_dim: Whether to multiply by sqrt(d), which makes an entry's step as long as
-        Adam's; without it the group's step has Adam's length of one entry.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
+      sqrt_dim: Whether to multiply by sqrt(d). With it, the step of one entry is as long as in
+        Adam. Without it, the step of the whole group is as long as Adam's step of one entry.
 
     Returns:
       A transformation with state `ScaleByAdamsState`.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -107,14 +108,14 @@ def scale_by_adams(
 def group_moment(
     square: jax.Array, state: Any, b1: Any, b2: Any, eps: Any, radius: Any = 1, scale: Any = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """The second moment of the gradient on the sphere of a radius, and what Adam divides by.
+    """The second moment of the gradient on the sphere of a radius, and Adam's denominator.
 
     ```
     v = b2 v + (1 - b2) radius^2 |g|^2        (1 - b1^t) (sqrt(vhat) / radius + eps)
     ```
 
-    with |g|^2 in `square`, t, of this step, and v in the state, and the radius in `scale` too,
-    with 1 in place of 0.
+    `square` is |g|^2. The state has v and the number t of this step. `scale` is the radius, with 1
+    in place of 0.
     """
     nu = state.nu
     first, second = (bias_correction(b, state.count, nu) for b in (b1, b2))

@@ -1,9 +1,9 @@
-"""Moments on the unit sphere: transport and averages in one, with few passes over memory.
+"""Moments on the unit sphere: transport and averaging together, with few passes over memory.
 
-`transport_moments` carries the moments of any transformation. For momentum and for group
-moments the same is done here in fewer passes: the gradient of a group's direction u is
-r g, which does not depend on the radius r. Moments of r g need no rescaling, and no record
-of the radius; and all their sums come from one pass.
+`transport_moments` carries the moments of any transformation. For momentum and group moments this
+module does the same in fewer passes. The gradient with respect to the direction u of a group is
+r g, which does not depend on the radius r. Moments of r g therefore need no rescaling and no record
+of the radius, and one pass gives all their sums.
 """
 
 import math
@@ -29,8 +29,10 @@ class ScaleByAdamsrtState(NamedTuple):
 
     Attributes:
       count: Number of updates so far.
-      mu: First moments of |x| g without their radial part; of g for a leaf with no group.
-      nu: Second moments of |x| g, one per group; of g, one per entry, for a leaf with no group.
+      mu: First moments of |x| g without their radial part. For a leaf without a group, first
+        moments of g.
+      nu: Second moments of |x| g, one per group. For a leaf without a group, second moments of g,
+        one per entry.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -42,23 +44,23 @@ class TransportedTraceState(NamedTuple):
     """State of `transported_trace`.
 
     Attributes:
-      trace: The momentum of |x| g without its radial part, like the parameters; of g for a
-        leaf with no group.
+      trace: The momentum of |x| g without its radial part, like the parameters. For a leaf without
+        a group, the momentum of g.
     """
 
     trace: optax.Params
 
 
 def carry(m: Vector, g: Vector, x: Vector, decay: Any) -> tuple[Vector, Any]:
-    """Transports a moment to x, and adds a gradient: decay T(m) + g.
+    """Transports a moment to x and adds a gradient: decay T(m) + g.
 
-    The result comes without its radial part, and with the coefficients of x in this part.
+    Returns the result without its radial part, and the coefficient of x in the radial part.
     """
     square = x.square()
     tangent = m - x * safe_divide(m.inner(x), square)
-    # Of a vector turned by 90 degrees rounding is left, not a direction: its length is 0 then.
+    # If m is radial at x, only rounding is left, and its norm counts as 0.
     length = safe_divide(m.norm(), tangent.norm())
-    kept = decay * jnp.where(m.square() == 0, 1, length)  # at 0 for the gradient only
+    kept = decay * jnp.where(m.square() == 0, 1, length)  # only matters to the gradient
     radial = safe_divide(g.inner(x), square)
     return tangent * kept + (g - x * radial), radial
 
@@ -71,17 +73,17 @@ def scale_by_adamsrt(
     groups: Groups,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Group moments, rescaled and transported as the groups move.
+    """Scales by group moments, rescaled and transported as the groups move.
 
     ```
     m = b1 T(m) + (1 - b1) r g        v = b2 v + (1 - b2) |r g|^2        (r = |x|)
     sqrt(d) mhat / (sqrt(vhat) + r eps)
     ```
 
-    with d the entries per group, hats for Adam's bias corrections, and T the transport from
-    the last point to x, as in `transport_moments`. The updates are those of
-    `transport_moments(scale_by_adams(...), groups)`, with fewer passes over memory. The state
-    holds the moments of the gradient on the unit sphere, r g, and m without its radial part.
+    Here d is the number of entries per group, and hats denote Adam's bias correction. T is the
+    transport from the previous point to x, as in `transport_moments`. The updates are those of
+    `transport_moments(scale_by_adams(...), groups)`, with fewer passes over memory. The state has
+    moments of r g, the gradient on the unit sphere. The stored m has no radial part.
 
     Leaves without a group, and groups of one entry, get `optax.scale_by_adam`.
 
@@ -90,13 +92,13 @@ def scale_by_adamsrt(
       b2: Decay rate of the second moment, in [0, 1).
       eps: Added to the denominator.
       groups: See [`spherical_optax.groups`][].
-      mu_dtype: dtype of the first moment; the parameter's if `None`.
+      mu_dtype: dtype of the first moment; that of the parameter if `None`.
 
     Returns:
       A transformation with state `ScaleByAdamsrtState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -152,22 +154,22 @@ def transported_trace(
     m = decay T(m) + r g        m / r        (r = |x|)
     ```
 
-    with T the transport from the last point to x, as in `transport_moments`. The updates are
+    Here T is the transport from the previous point to x, as in `transport_moments`. The updates are
     those of `transport_moments(optax.trace(decay), groups)`, with fewer passes over memory. The
-    state holds the momentum of the gradient on the unit sphere, r g, without its radial part.
+    state has the momentum of r g, the gradient on the unit sphere, without its radial part.
 
     Leaves without a group, and groups of one entry, get `optax.trace`.
 
     Args:
       decay: Decay rate of the momentum, in [0, 1).
       groups: See [`spherical_optax.groups`][].
-      accumulator_dtype: dtype of the momentum; the parameter's if `None`.
+      accumulator_dtype: dtype of the momentum; that of the parameter if `None`.
 
     Returns:
       A transformation with state `TransportedTraceState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If decay is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If `decay` is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -175,7 +177,7 @@ def transported_trace(
       >>> tx = so.transported_trace(0.9, groups=so.per_layer())
       >>> params = jnp.array([1., 0.])
       >>> _, state = tx.update(jnp.array([0., 1.]), tx.init(params), params)
-      >>> params = jnp.array([0., 2.])  # turned by 90 degrees, and twice as long
+      >>> params = jnp.array([0., 2.])  # rotated by 90 degrees, and twice as long
       >>> updates, state = tx.update(jnp.array([1., 0.]), state, params)
       >>> updates
       Array([1., 0.], dtype=float32)

@@ -1,4 +1,4 @@
-"""Centring: weights whose groups have mean zero, before `init`."""
+"""Centering: gives every group of the weights mean zero, before `init`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,26 @@ from spherical_optax.groups import Groups, Joint, group_size, joints_of
 
 
 def center_params(params: optax.Params, groups: Groups) -> optax.Params:
-    """Removes the mean of each group, and gives the group its length back.
+    """Removes the mean of each group, and restores the length of the group.
 
     ```
     |x| (x - mean(x)) / |x - mean(x)|
     ```
 
-    Call it before `init` of one that keeps weights centred, as `rotational(..., center=True)`.
+    Call it before `init` of an optimizer that keeps weights centered, such as
+    `rotational(..., center=True)`.
 
     Args:
       params: The parameters.
       groups: See [`spherical_optax.groups`][].
 
     Returns:
-      A tree like params; leaves without a group, and groups of norm zero, as they were.
+      A tree like params. Leaves without a group and groups of norm zero are unchanged.
 
     Raises:
-      TypeError, ValueError: If `groups` does not fit the parameters, or if a group is known to
-        be constant: nothing is left of it without its mean. A traced one stays as it was.
+      TypeError, ValueError: If `groups` does not fit the parameters, or if all entries of a group
+        are known to be equal: without its mean, nothing is left of it. If its values are traced,
+        such a group is unchanged.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -47,8 +49,8 @@ def center_params(params: optax.Params, groups: Groups) -> optax.Params:
         joints,
         lambda x, joint: _constant(x, _centered(x, joint), joint) & (geometry.norm(x, joint) > 0),
         "groups that vary",
-        "constant, of which centring leaves nothing; initialise them otherwise, or give the leaf "
-        "no group",
+        "constant, so that centering leaves nothing. Initialize them to other values, or give the "
+        "parameter no group",
     )
     for joint in joints:
         before = pick(joint, x)
@@ -63,19 +65,19 @@ def center_params(params: optax.Params, groups: Groups) -> optax.Params:
 
 
 def _centered(x: dict[int, jax.Array], joint: Joint) -> dict[int, jax.Array]:
-    """The second time removes what rounding of a large mean left."""
+    """Centers twice: the second time removes the rounding of a large mean."""
     once = geometry.center({i: wide(x[i]) for i in joint}, joint)
     return geometry.center(once, joint)
 
 
 def _constant(x: dict[int, jax.Array], centered: dict[int, jax.Array], joint: Joint) -> jax.Array:
-    """Whether rounding is all that centring left."""
+    """Whether only rounding is left after centering."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in centered.values())
     return geometry.norm(centered, joint) <= 8 * eps * geometry.norm(x, joint)
 
 
 def off_center(x: dict[int, jax.Array], joint: Joint) -> jax.Array:
-    """Whether groups have a mean that is more than rounding."""
+    """Whether groups have a mean that is larger than rounding."""
     x_wide = {i: wide(x[i]) for i in joint}
     ones = {i: jnp.ones_like(leaf) for i, leaf in x_wide.items()}
     root = group_size(joint, x) ** 0.5

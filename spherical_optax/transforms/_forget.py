@@ -1,4 +1,4 @@
-"""Forgetting the lengths that a state remembers."""
+"""Resets the lengths that a state remembers."""
 
 import re
 from typing import Any
@@ -14,21 +14,21 @@ FIELDS: dict[type, str] = {RetractState: "target_radius", SplitRadialState: "len
 
 
 def forget_radii(state: Any, path: str = "") -> Any:
-    """The state with remembered lengths set to 0, so that the next update remembers anew.
+    """Sets the remembered lengths in a state to 0, so that the next update remembers new ones.
 
-    For weights that were cut or exchanged in the middle of training at about their scale: a
-    length that is between half and twice the one remembered counts as drift, and is undone.
+    Use it after you prune or exchange weights in the middle of training. A new length between half
+    and twice the remembered one counts as drift, and the next update would undo it.
 
     Args:
-      state: The state of an optimizer, or any tree that holds states of `retract`.
-      path: A regular expression on the paths of parameters, found by `re.search`; the lengths of
-        all others are kept.
+      state: The state of an optimizer, or any tree with states of `retract` or `split_radial`.
+      path: A regular expression on the paths of parameters (`re.search`). Lengths at other paths
+        are kept.
 
     Returns:
-      The same tree with other arrays.
+      The same tree, with these lengths set to 0.
 
     Raises:
-      ValueError: If no remembered length is found, or path matches none.
+      ValueError: If the state has no remembered lengths, or `path` matches none of them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -63,6 +63,11 @@ def forget_radii(state: Any, path: str = "") -> Any:
         return node._replace(**{field: tree})
 
     state = jax.tree.map(each, state, is_leaf=lengths)
+    if not found:
+        raise ValueError(
+            "forget_radii: expected the state of an optimizer that keeps the initial radius, found "
+            f"no lengths in {type(state).__name__}."
+        )
     if not forgotten:
         raise ValueError(
             f"forget_radii: expected a remembered length at a path that {path!r} matches, found "

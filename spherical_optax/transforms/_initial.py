@@ -1,4 +1,4 @@
-"""Decay towards the initial values, for scales and offsets of norms."""
+"""Decay toward the initial values, for scales and offsets of normalization layers."""
 
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ class AddDecayToInitialState(NamedTuple):
     """State of `add_decay_to_initial`.
 
     Attributes:
-      count: Number of updates, int32.
-      initial: The values that training began with, zeros before the first update: a tree like the
-        parameters.
+      count: Number of updates so far, int32.
+      initial: The values at the first update, and zeros before it: a tree like the parameters.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -29,25 +28,26 @@ class AddDecayToInitialState(NamedTuple):
 def add_decay_to_initial(
     weight_decay: jax.typing.ArrayLike, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds decay towards the values that training began with, in place of zero.
+    """Adds decay toward the values at the first update, instead of toward zero.
 
     ```
     g + weight_decay (x - x_0)
     ```
 
-    In front of the moments it is the gradient of an L2 penalty, behind them decoupled decay, as
-    `optax.add_decayed_weights`. x_0 is what the first update finds, so weights may be loaded after
-    `init`. The state has a copy of the leaves in the mask: it is meant for scales and offsets.
+    Before the moments, this is the gradient of an L2 penalty. After them, it is decoupled decay, as
+    with `optax.add_decayed_weights`. x_0 is the value at the first update, so weights may be loaded
+    after `init`. The state has a copy of all leaves in the mask. The transformation is meant for
+    the scales and offsets of normalization layers.
 
     Args:
-      weight_decay: How strongly, 0 or more.
+      weight_decay: The decay factor, 0 or more.
       mask: The leaves that decay, as in `optax.add_decayed_weights`; all if `None`.
 
     Returns:
       A transformation; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If weight_decay is out of range; at `init`, if mask does not fit.
+      TypeError, ValueError: If `weight_decay` is out of range; at `init`, if `mask` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax

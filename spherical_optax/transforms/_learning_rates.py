@@ -1,4 +1,4 @@
-"""Learning rates: one for groups, and another, or any transformation, for all other leaves."""
+"""Learning rates: one for groups, and another rate or any transformation for other leaves."""
 
 import functools
 from collections.abc import Mapping
@@ -17,36 +17,38 @@ from spherical_optax._masks import in_groups
 from spherical_optax.groups import Groups, by_rule, check_rules, check_used, joints_of
 
 Rates: TypeAlias = optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule]
-"""A number or a schedule, or a dictionary from regular expressions on paths to these."""
+"""A number, a schedule, or a dictionary from regular expressions on paths to these."""
 
 
 def scale_by_learning_rates(
     learning_rate: Rates, *, groups: Groups, other: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales by minus the learning rate, which may be another one for leaves without a group.
+    """Scales by minus the learning rate, with another transformation for leaves without a group.
 
     ```
     -learning_rate v        on leaves with a group
     other(v)                on leaves without one
     ```
 
-    In a `chain` it stands between transforms of the same groups without parting them, as
-    `optax.scale_by_learning_rate` does.
+    In a `chain`, the transforms before and after it still go over the arrays together, if they have
+    the same groups. `optax.scale_by_learning_rate` between them would separate them.
 
     Args:
-      learning_rate: A number or a schedule; or a dictionary from regular expressions on paths to
-        these, of which the first found (`re.search`) decides, and which does part them.
+      learning_rate: A number, a schedule, or a dictionary from regular expressions on paths to
+        numbers or schedules. In a dictionary the first pattern found in a path (`re.search`)
+        decides. A dictionary separates the transforms of a chain.
       groups: See [`spherical_optax.groups`][].
-      other: The transformation of leaves without a group, sign included, such as a whole optimizer
-        or `optax.scale_by_learning_rate(1e-3)`; their rate is `learning_rate` if `None`.
+      other: The transformation of leaves without a group, including the sign, such as a complete
+        optimizer or `optax.scale_by_learning_rate(1e-3)`. With `None` these leaves get
+        `learning_rate`; if it is a dictionary, `other` is required.
 
     Returns:
-      A transformation with the state of `optax.scale_by_learning_rate`; with `other`, that of
-      the two, masked.
+      A transformation with the state of `optax.scale_by_learning_rate`; with `other`, the states of
+      both, masked; with a dictionary, the state of `optax.partition`.
 
     Raises:
-      TypeError, ValueError: If a rate is out of range, or `other` is no transformation; at `init`,
-        if `groups` does not fit the parameters.
+      TypeError, ValueError: If a rate is out of range, or `other` is not a transformation; at
+        `init`, if `groups` or a dictionary does not fit the parameters, or `other` is missing.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -65,7 +67,7 @@ def scale_by_learning_rates(
 def learning_rates_as(
     who: str, learning_rate: Rates, groups: Groups, other: optax.GradientTransformation | None
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_learning_rates` under the name of the function that was called."""
+    """`scale_by_learning_rates`, with the name of the function that was called for messages."""
     if other is not None:
         check_transformation(who, other, "other")
     if isinstance(learning_rate, Mapping):
@@ -112,7 +114,7 @@ def _rates_by_path(
     other: optax.GradientTransformation | None,
     groups: Groups,
 ) -> optax.GradientTransformation:
-    """Scales each group by the rate of the first rule that is found in its path."""
+    """Scales each group by the rate of the first rule found in its path."""
     check_rules(who, "learning_rate", rules)
     for rate in rules.values():
         check_learning_rate(who, rate)
@@ -136,9 +138,10 @@ def _rates_by_path(
         if layout.rest and other is None:
             leaves = _trees.visible_leaves(params)
             raise ValueError(
-                f"{who}: expected other for leaves without a group, "
-                f"{[leaves[i].path for i in layout.rest]}, found None: no rule of learning_rate is "
-                "for them; pass other=optax.scale_by_learning_rate(1e-3), or a whole optimizer."
+                f"{who}: expected other, an optimizer for the parameters without a group, "
+                f"{[leaves[i].path for i in layout.rest]}, found None. The rules of learning_rate "
+                "are for groups only. Pass other=optax.scale_by_learning_rate(1e-3), or a complete "
+                "optimizer."
             )
         return tx.init(params)
 

@@ -1,4 +1,4 @@
-"""Normalization: updates as long as their group's radius, so that a step is an angle."""
+"""Normalization: scales updates to the radius of their group, so that a step is an angle."""
 
 from typing import Any, NamedTuple
 
@@ -40,23 +40,25 @@ def normalize_updates(
     mean of |v|^2 = decay mean of |v|^2 + (1 - decay) |v|^2, corrected for its bias
     ```
 
-    Times a learning rate, a tangent update then turns its group by that many radians, to
+    Multiplied by a learning rate, a tangent update then rotates its group by that many radians, to
     first order. A group of length 0 gets a step of 0. Leaves without a group keep their update.
 
-    The sign stays. It goes behind a `scale_by_*` and before `optax.scale_by_learning_rate`,
-    which turns the sign; behind a whole optimizer, which has turned it, a second time climbs.
+    The sign does not change. Put this after a `scale_by_*` and before
+    `optax.scale_by_learning_rate`, which flips the sign. Do not put it between a complete optimizer
+    and `optax.scale_by_learning_rate`: the sign would be flipped twice, and the steps would climb.
 
     Args:
       groups: See [`spherical_optax.groups`][].
-      decay: Decay rate of the running mean, in [0, 1), or `None` for this update's length.
+      decay: Decay rate of the running mean, in [0, 1). With `None`, each update is divided by its
+        own length.
       eps: Added to the running length.
 
     Returns:
-      A transformation with state `NormalizeUpdatesState`, or none without decay; `update`
-      needs params.
+      A transformation; `update` needs params. With decay its state is `NormalizeUpdatesState`.
+      Without decay it has no state.
 
     Raises:
-      TypeError, ValueError: If a number is out of range; at `init`, if groups do not fit.
+      TypeError, ValueError: If a number is out of range; at `init`, if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -102,7 +104,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
     v - mean(v)
     ```
 
-    Weights that were centred before the first step, as by `center_params`, stay so.
+    Weights that are centered before the first step, as by `center_params`, stay centered.
 
     Args:
       groups: See [`spherical_optax.groups`][].
@@ -125,7 +127,7 @@ def center_updates(groups: Groups) -> optax.GradientTransformationExtraArgs:
       Kosson et al., Rotational Equilibrium, ICML 2024.
     """
 
-    # No step: a mean is no inner product of a group's arrays, and changes the update alone.
+    # Not a Step: a mean is not an inner product of a group's arrays.
     def init(params: optax.Params) -> optax.EmptyState:
         Layout.at_init("center_updates", groups, params)
         return optax.EmptyState()

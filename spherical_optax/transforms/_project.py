@@ -1,4 +1,4 @@
-"""Projection: updates without their radial part."""
+"""Projection: removes the radial part of updates."""
 
 from typing import Any
 

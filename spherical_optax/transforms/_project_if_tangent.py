@@ -1,4 +1,4 @@
-"""AdamP's projection: where gradients look tangent, updates are made so."""
+"""AdamP's projection: makes updates tangent where gradients are nearly tangent."""
 
 import math
 from typing import Any, NamedTuple
@@ -49,27 +49,28 @@ def project_if_tangent(
     p + weight_decay x (times wd_ratio where projected)
     ```
 
-    A layer is a leaf, or for a joint label all its leaves; where several axes index the
-    groups, all of them but the last index the layers, as a stacking axis does.
+    A layer is a leaf, or all leaves of a joint label. If several axes index the groups, the last
+    one indexes the groups of a layer, and the others index layers, as a stacking axis does.
 
     Args:
       inner: The transformation that gives the update.
       groups: See [`spherical_optax.groups`][]. Leaves without a group are not
-        projected, and decay in full.
-      delta: Threshold of the cosine, at least 0.
-      weight_decay: Decoupled decay, before the learning rate.
+        projected, and have the full decay.
+      delta: Threshold for sqrt(d) times the cosine between gradient and weights, at least 0, with
+        d entries per group.
+      weight_decay: Factor of decoupled decay, before the learning rate.
       mask: The leaves that decay, as in `optax.adamw`; all if `None`.
-      wd_ratio: Factor of the decay where projected, in [0, 1].
-      first_moments: Fields of the inner state to project where the update is, as the
-        published SGDP does to its momentum.
+      wd_ratio: Factor on the decay where updates are projected, in [0, 1].
+      first_moments: Fields of the inner state to project together with the update, as the
+        published SGDP does with its momentum.
 
     Returns:
       A transformation with state `ProjectIfTangentState`; `update` needs params.
 
     Raises:
-      TypeError, ValueError: If inner is no transformation or a number is out of range; at
-        `init`, if groups do not fit, the leaves of a joint label form different numbers of layers,
-        or a name is no field of the inner state.
+      TypeError, ValueError: If `inner` is not a transformation or a number is out of range; at
+        `init`, if `groups` or `mask` does not fit, the leaves of a joint label form different
+        numbers of layers, or the inner state has no field of a given name.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -77,7 +78,7 @@ def project_if_tangent(
       >>> tx = so.project_if_tangent(optax.trace(0.9), groups=so.per_layer())
       >>> params = jnp.array([1., 0.])
       >>> updates, state = tx.update(jnp.array([1., 1.]), tx.init(params), params)
-      >>> updates  # not tangent: left alone
+      >>> updates  # not tangent: unchanged
       Array([1., 1.], dtype=float32)
       >>> tx.update(jnp.array([0., 1.]), state, params)[0]  # the old radial part is removed
       Array([0. , 1.9], dtype=float32)
@@ -101,7 +102,7 @@ def project_if_tangent_as(
     wd_ratio: Any,
     first_moments: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """`project_if_tangent` under the name of the function that was called."""
+    """`project_if_tangent`, with the name of the function that was called for messages."""
     check_transformation(who, inner)
     check_number(who, "delta", delta)
     check_number(who, "weight_decay", weight_decay)
@@ -136,7 +137,7 @@ def project_if_tangent_as(
             own = [kept[field[i]] if i in field else None for i in range(len(x))]
             both = list(zip(own, x, strict=True))
             moments.append([_zeros(leaf) if moment is None else moment for moment, leaf in both])
-            # Of a joint group, the inner state may keep the moments of some leaves only.
+            # The inner state may have moments for only some leaves of a joint group.
             points.append([_zeros(leaf) if moment is None else leaf for moment, leaf in both])
         trees = [tuple(map(treedef.unflatten, lists)) for lists in (moments, points)]
         seen = (updates, decayed, *trees)
@@ -164,10 +165,10 @@ def _step(
     decays: list[bool],
     moments: int,
 ) -> Step:
-    """The projection of updates, which has for a state what else it looks at, or projects.
+    """The projection of updates, with the other vectors that it reads or projects as its state.
 
-    The gradient; the parameters that decay, with zeros for others, unless all do; and first
-    moments with the parameters that they are of.
+    These are the gradient; the parameters that decay, with zeros for the others, or nothing if all
+    decay; the first moments; and the parameters of these moments.
     """
 
     def prepare(layout: Layout, state: Any) -> Any:
@@ -214,11 +215,12 @@ def _check_layers(who: str, joints: list[Joint], params: Any) -> None:
         }
         if len(set(counts.values())) > 1:
             raise ValueError(
-                f"{who}: joint label {next(iter(joint.values())).joint!r}: expected as many layers "
-                f"on all its leaves, found {counts}; all index axes but the last index the layers."
+                f"{who}: joint label {next(iter(joint.values())).joint!r}: expected the same "
+                f"number of layers on all its leaves, found {counts}. All index axes except the "
+                "last index layers."
             )
 
 
 def _cosine(gx: jax.Array, gg: jax.Array, xx: jax.Array) -> jax.Array:
-    """|cos(g, x)|, 0 where either is zero."""
+    """|cos(g, x)|; 0 if g or x is zero."""
     return jnp.abs(safe_divide(gx, safe_sqrt(gg) * safe_sqrt(xx)))

@@ -1,4 +1,4 @@
-"""The radii of spheres: a number, one by rule, or that of entries with a mean square of 1."""
+"""The radii of spheres: a number, numbers by rule, or the radius at which the mean square is 1."""
 
 import math
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from spherical_optax.groups import Groups, Joint, by_rule, check_rules, check_us
 
 ByRule: TypeAlias = Mapping[str, jax.typing.ArrayLike | Literal["sqrt(d)"]]
 Radius: TypeAlias = jax.typing.ArrayLike | Literal["sqrt(d)"] | ByRule
-"""A number; `"sqrt(d)"`, d the entries per group; or a dictionary from regular expressions to
-these, of which the first found in a leaf's path decides."""
+"""A number; `"sqrt(d)"`, with d entries per group; or a dictionary from regular expressions to
+these. In a dictionary the first pattern found in a leaf's path decides."""
 
 
 def check_radius(who: str, radius: Any, words: tuple[str, ...] = ("sqrt(d)",)) -> None:
@@ -38,16 +38,16 @@ def check_radius(who: str, radius: Any, words: tuple[str, ...] = ("sqrt(d)",)) -
 
 
 def remembered(target: jax.Array, r: jax.Array) -> jax.Array:
-    """The radius to keep, of the one remembered and the length found: `radius="initial"`.
+    """The radius to keep for `radius="initial"`, from the remembered radius and the current length.
 
-    Rounding, averaging and decay do not halve or double a length in a step: that was someone
-    who loaded, cut or added weights, and a memory of 0 is none.
+    Rounding, averaging and decay do not halve or double a length in one step. A larger change means
+    that weights were loaded, cut or added. A remembered radius of 0 means that none is remembered.
     """
     return jnp.where((target / 2 <= r) & (r <= 2 * target), target, r)
 
 
 def radii_of(who: str, radius: Any, joints: list[Joint], params: Any) -> list[Any]:
-    """The radius of each joint's groups, one number for all; raises where a rule does not fit."""
+    """The radius of each joint, one number for all its groups; raises if a rule does not fit."""
     leaves = _trees.visible_leaves(params)
     said: list[Any] = [radius] * len(joints)
     if isinstance(radius, Mapping) and leaves:
@@ -61,7 +61,7 @@ def radii_of(who: str, radius: Any, joints: list[Joint], params: Any) -> list[An
 
 
 def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
-    """The parameters with each group scaled to a radius, for optimizers that keep it.
+    """Scales each group to a radius, for optimizers that keep it.
 
     ```
     x' = radius x / |x|
@@ -70,16 +70,16 @@ def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
     Args:
       params: The parameters: nested dictionaries, an NNX state, any pytree.
       groups: See [`spherical_optax.groups`][].
-      radius: A number for all groups; or `"sqrt(d)"`, d the entries per group, at which these
-        have a mean square of 1; or a dictionary from regular expressions on paths to such
-        radii, of which the first found (`re.search`) decides, with one for every group.
+      radius: A number for all groups; `"sqrt(d)"`, with d entries per group, which makes their mean
+        square 1; or a dictionary from regular expressions on paths to such radii. In a dictionary
+        the first pattern found in a path (`re.search`) decides, and every group needs a radius.
 
     Returns:
-      A tree like params, of their dtypes. Leaves without a group are as they were.
+      A tree like params, with the same dtypes. Leaves without a group are unchanged.
 
     Raises:
-      TypeError, ValueError: If `groups` or radius does not fit the parameters, a radius is not
-        positive, or a group is known to have a norm that is 0, NaN or infinite.
+      TypeError, ValueError: If `groups` or `radius` does not fit the parameters, a radius is not
+        positive, or the norm of a group is known to be 0, NaN or infinite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -108,7 +108,8 @@ def place_on_sphere(params: Any, groups: Groups, radius: Radius) -> Any:
             ~jnp.isfinite(1 / geometry.norm(x, joint)) | (geometry.norm(x, joint) == 0)
         ),
         "groups of finite norm above 0",
-        "of norm 0, NaN or infinite; initialise them otherwise, or give the leaf no group",
+        "of norm 0, NaN or infinite. Initialize them to other values, or give the parameter no "
+        "group",
     )
     targets = radii_of("place_on_sphere", radius, joints, params)
     for joint, target in zip(joints, targets, strict=True):

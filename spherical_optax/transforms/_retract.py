@@ -23,16 +23,16 @@ from spherical_optax.transforms._radius import Radius, check_radius, radii_of, r
 SHORTEST, SHORTEST_NARROW = 1 / 128, 1 / 2
 
 OwnRetraction: TypeAlias = Callable[[Any, Any, Any], Any]
-"""From the point, the step and the `RadialGroup` to where the step ends: arrays of float32 at
-least, or for a joint group dictionaries from the leaves' paths to these."""
+"""A function of the point, the step and the `RadialGroup` that returns where the step ends. Arrays
+are float32 or wider. For a joint group, arguments and result are dictionaries by leaf path."""
 
 
 class RetractState(NamedTuple):
-    """State of `retract`, unless its radius is a number or its retraction your own.
+    """State of `retract` with the initial radius or with rules.
 
     Attributes:
-      target_radius: The radius of each group's sphere: the length that is remembered, 0 where
-        none is yet; or what the rules say.
+      target_radius: The radius of each group's sphere: the remembered length, which is 0 before the
+        first update, or the radius that the rules give.
     """
 
     target_radius: optax.Params
@@ -53,36 +53,37 @@ def retract(
     keep:       radius' = radius + keep (|x + v| - radius)
     ```
 
-    To a radius far below |x| it takes several steps, each to |x| / 128, or |x| / 2 where updates
-    have fewer digits than float32: a step x' - x has lost the direction of an x' that is much
-    shorter. `place_on_sphere` puts weights there at once.
+    One step shortens a group at most to |x| / 128, or to |x| / 2 if updates have fewer digits than
+    float32, so a much smaller radius takes several steps. In one step, rounding of x' - x would
+    lose the direction of x'. `place_on_sphere` puts weights on their sphere at once.
 
     Args:
       groups: See [`spherical_optax.groups`][].
-      radius: The sphere's radius, in the forms of `place_on_sphere`, or `"initial"`: the length
-        that training begins with. The first update remembers the length that it finds; a later
-        one replaces it only where a group has become more than twice or less than half as long.
-        So rounding does not drift, and weights that were loaded, cut or added keep their length.
-        A group of length 0 stays 0. `forget_radii` makes the next update remember anew.
+      radius: The radius of the sphere, in the forms of `place_on_sphere`, or `"initial"`: the
+        length of each group when training begins. The first update remembers this length. A later
+        update replaces it only if the group has become more than twice or less than half as long.
+        So rounding errors do not add up, and weights that were loaded, cut or added keep their
+        length. A group of length 0 stays 0. `forget_radii` makes the next update remember anew.
       method: `"normalize"`; `"geodesic"` to follow the great circle; or a function
-        `f(x, v, group)` that returns where the step v from x ends, an array like x: it has a
-        surface of its own and radius stays as it is. It is given float32 at least, and for a
-        joint group dictionaries from path to array, and to `RadialGroup`.
-      keep: The fraction of a step's change of radius that stays, in [0, 1], for the initial
-        radius: a brake between 0 or `None`, which fix it, and 1, which lets steps be.
+        `f(x, v, group)` that returns where the step v from x ends, an array like x. The function
+        defines the surface, so `radius` must keep its default. Its arrays are float32 or wider.
+        For a joint group it gets dictionaries from paths to arrays, and to `RadialGroup`.
+      keep: The fraction of each step's change of radius that is kept, in [0, 1], for the initial
+        radius only. 0 or `None` fixes the radius. 1 leaves steps unchanged.
 
     Returns:
-      A transformation with state `RetractState`, or none for a number, `"sqrt(d)"` and a function;
-      `update` needs params.
+      A transformation; `update` needs params. Its state is `RetractState`. It has no state if the
+      radius is a number or `"sqrt(d)"`, or if the method is a function.
 
     Raises:
-      TypeError, ValueError: If the radius is not positive, the method unknown, keep out of range
-        or not for that radius; at `init`, if `groups` or the rules do not fit the parameters, or
-        an initial length is known to be NaN or infinite; in `update`, if a function's result is
-        not like x.
+      TypeError, ValueError: If the radius is not positive, the method is unknown, or `keep` is out
+        of range or given with another radius. At `init`, if `groups` or the rules do not fit the
+        parameters, or an initial length is known to be NaN or infinite. In `update`, if the result
+        of a function has another shape than x.
 
     Warns:
-      UserWarning: At `init`, traced or not, if a group whose length is to be kept has length 0.
+      UserWarning: At `init`, if a group whose length is to be kept has length 0. If the values are
+        traced, the warning appears when the program runs.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -119,7 +120,7 @@ def retract(
                 layout.joints,
                 lambda x, joint: ~jnp.isfinite(geometry.norm(x, joint)),
                 "groups of finite norm",
-                "of norm NaN or infinite; look at how they were initialised",
+                "of norm NaN or infinite. Check how they were initialized",
             )
             warn_of_zeros("retract", params, layout.joints)
         else:
@@ -140,7 +141,7 @@ def retract(
         target = remembered(state.target_radius, x.norm())
         radius = target if keep is None else target + keep * ((x + v).norm() - target)
         step, radius = _to_radius(v, x, radius, method)
-        step = step.where(target > 0, v * 0)  # without a length there is no direction to keep
+        step = step.where(target > 0, v * 0)  # a group of length 0 has no direction
         new = target if keep is None else jnp.where(target > 0, radius, target)
         return step, RetractState(new)
 
@@ -159,12 +160,12 @@ def retract(
 def _by_function(
     groups: Groups, radius: Any, method: OwnRetraction, keep: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The retraction that a function of arrays and group is."""
+    """`retract` with a function as its method."""
     for name, value, default in (("radius", radius, "initial"), ("keep", keep, None)):
         if not isinstance(value, type(default)) or value != default:
             raise ValueError(
-                f"retract: expected no {name} with a function as method, which decides where steps "
-                f"end, found {value!r}."
+                f"retract: expected no {name} with a function as method, found {value!r}. The "
+                "function decides where steps end."
             )
 
     def init(params: optax.Params) -> optax.EmptyState:
@@ -196,7 +197,7 @@ def _by_function(
 
 
 def retract_to(groups: Groups) -> Lifted:
-    """Retraction to the radii in a `RetractState`, 0 for groups that step freely."""
+    """Retraction to the radii in a `RetractState`. Groups with radius 0 step freely."""
 
     def init(params: optax.Params) -> RetractState:
         layout = Layout.at_init("retract", groups, params, keeps_radius=True)
@@ -210,7 +211,7 @@ def retract_to(groups: Groups) -> Lifted:
 
 
 def shortest(dtype: Any) -> float:
-    """How short a step may make a group, relative to its length, and keep its direction."""
+    """How short one step may make a group, relative to its length, without losing its direction."""
     return SHORTEST if jnp.finfo(dtype).bits >= 32 else SHORTEST_NARROW
 
 
@@ -223,7 +224,7 @@ def _to_radius(
 
 
 def _ending(v: Vector, x: Vector, radius: Any, method: geometry.Retraction) -> Vector:
-    """The step in place of v that ends on the sphere."""
+    """The step that replaces v and ends on the sphere."""
     if method == "normalize":
         length = (x + v).norm()
         end = (x + v) * safe_divide(radius, length)

@@ -1,4 +1,4 @@
-"""Polar coordinates: the direction and the length of groups, optimized apart."""
+"""Polar coordinates: the direction and the length of groups, optimized separately."""
 
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ class SplitRadialState(NamedTuple):
 
     Attributes:
       lengths: The length of each group; 0 for leaves without a group.
-      tangent_state: The state of the transformation of directions.
-      radial_state: That of lengths.
+      tangent_state: The state of the optimizer of directions.
+      radial_state: The state of the optimizer of lengths.
     """
 
     lengths: optax.Params
@@ -35,31 +35,34 @@ class SplitRadialState(NamedTuple):
 def split_radial(
     tangent: optax.GradientTransformation, radial: optax.GradientTransformation, groups: Groups
 ) -> optax.GradientTransformationExtraArgs:
-    """Optimizes the direction and the length of each group apart; put it last in a chain.
+    """Optimizes the direction and the length of each group separately; put it last in a chain.
 
     ```
     r' = r + radial(<g, u>)        x' = r' normalize(x + t)
     ```
 
-    with r the length, u = x / |x| and t the tangent part of tangent(g - <g, u> u): weight
-    normalization, without parameters of its own. For groups whose length matters, as where no
-    normalization follows, or whose length a decay or a target is to set.
+    Here r is the length, u = x / |x| is the direction, and t is the tangent part of
+    tangent(g - <g, u> u). This is weight normalization without extra parameters. Use it for groups
+    whose length matters, because no normalization layer follows, or whose length a decay or a
+    target should set.
 
     Args:
-      tangent: An optimizer, such as `optax.adam(1e-2)`; leaves without a group follow it.
-      radial: An optimizer of lengths, such as `optax.sgd(1e-3)`. It is given <g, u>, dL/dr, as
-        updates and the lengths as params: trees like the parameters with one value per group,
-        on every leaf of a joint group, and 0 for leaves without one.
+      tangent: The optimizer of directions, such as `optax.adam(1e-2)`. It also trains leaves
+        without a group.
+      radial: The optimizer of lengths, such as `optax.sgd(1e-3)`. Its updates are <g, u> = dL/dr,
+        and its params are the lengths. Both are trees like the parameters with one value per
+        group, on every leaf of a joint group, and 0 for leaves without a group.
       groups: See [`spherical_optax.groups`][].
 
     Returns:
-      A transformation with state `SplitRadialState`; `update` needs params. Lengths are kept in
-      the state, in float32 at least, as `retract` remembers initial ones. One step makes a group
-      at most 128 times shorter. A group of length 0 has no direction, and follows tangent.
+      A transformation with state `SplitRadialState`; `update` needs params. The state has the
+      lengths in float32 or wider. They are remembered as in `retract`. One step makes a group at
+      most 128 times shorter, or 2 times in half precision. A group of length 0 has no direction,
+      and takes the step of `tangent`.
 
     Raises:
-      TypeError, ValueError: If tangent or radial is no transformation; at `init`, if `groups`
-        does not fit the parameters.
+      TypeError, ValueError: If `tangent` or `radial` is not a transformation; at `init`, if
+        `groups` does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -67,7 +70,7 @@ def split_radial(
       >>> tx = so.split_radial(optax.sgd(0.5), optax.sgd(0.1), so.per_layer())
       >>> params, grads = jnp.array([2., 0.]), jnp.array([10., -4.])
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> params + updates  # of length 2 - 0.1 * 10, turned by 45 degrees
+      >>> params + updates  # of length 2 - 0.1 * 10, rotated by 45 degrees
       Array([0.7071068 , 0.70710677], dtype=float32)
 
     References:

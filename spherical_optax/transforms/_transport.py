@@ -1,4 +1,4 @@
-"""Transport: moments carried along as their groups move."""
+"""Transport: carries moments along as their groups move."""
 
 from typing import Any, NamedTuple
 
@@ -30,8 +30,8 @@ class TransportMomentsState(NamedTuple):
     """State of `transport_moments`.
 
     Attributes:
-      radius: |x| of each group at the last update, 0 before the first.
-      inner_state: The wrapped transformation's state; the first moments in it have no radial part.
+      radius: |x| of each group at the previous update; 0 before the first.
+      inner_state: The state of the wrapped transformation. Its first moments have no radial part.
     """
 
     radius: optax.Params
@@ -48,28 +48,31 @@ def transport_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """Carries the moments of any transformation along as its groups move.
 
-    Before the inner update, with r the radius at the last update and x, r', u' = x / r'
-    those of now:
+    Let r be the radius at the previous update, x the current weights, r' = |x| and u' = x / r'.
+    Before the inner update, first moments m and second moments v are replaced:
 
     ```
     t = m - <m, u'> u'        m <- (r / r') |m| t / |t|        v <- (r / r')^2 v
     ```
 
-    After it the first moments' radial part is dropped. Where the step lay in the plane of x and m,
-    as for AdamS and momentum SGD, this is the parallel transport along the arc from the old
-    direction to the new; otherwise it is isometric, and equal to it up to second order in the
-    angle. The rescaling follows from gradients being of degree -1 in the radius. Only where the
-    parameters are now is looked at, so it is right whatever moved them: schedules, decay, skipped
-    steps, a restored checkpoint. Moments of groups of one entry, which have no tangent space, and
-    of norm zero are left alone.
+    After the inner update, the radial part of the first moments is removed.
 
-    A second moment must be of degree -2, an average of squared gradients. The infinity norm that
-    `optax.scale_by_adamax` keeps as `nu` is not: give it `second_moments=()`. Moments under other
-    names are carried if named: `second_moments=("nu", "nu_max")` for `optax.scale_by_amsgrad`.
+    If the step lies in the plane of x and m, as in AdamS and momentum SGD, this is the parallel
+    transport along the arc from the old direction to the new one. Otherwise it preserves lengths
+    and agrees with parallel transport up to second order in the angle. Moments are rescaled
+    because gradients are proportional to 1 / r. The transport depends only on the current
+    parameters, so it is correct whatever moved them: schedules, decay, skipped steps, a restored
+    checkpoint. Moments of groups with one entry, which have no tangent space, and of groups with
+    norm zero are unchanged.
+
+    A second moment must be an average of squared gradients, which is proportional to 1 / r^2. The
+    infinity norm that `optax.scale_by_adamax` stores as `nu` is not: use `second_moments=()` there.
+    Moments with other field names are carried if you name them, such as
+    `second_moments=("nu", "nu_max")` for `optax.scale_by_amsgrad`.
 
     Args:
-      inner: The transformation whose moments are carried, as `optax.trace(0.9)`; chains and
-        injected hyperparameters may be around it.
+      inner: The transformation whose moments are carried, such as `optax.trace(0.9)`. It may be
+        inside a chain or `optax.inject_hyperparams`.
       groups: See [`spherical_optax.groups`][].
       first_moments: Fields of the inner state that hold first moments.
       second_moments: Fields that hold second moments, per entry or per group.
@@ -79,10 +82,10 @@ def transport_moments(
       A transformation with state `TransportMomentsState`; `update` needs params.
 
     Raises:
-      TypeError: If inner is no transformation, or the names are not tuples of strings.
-      ValueError: At `init`, if none of the names is a field of the inner state, or not
-        all of those that were given; if a moment has another shape than its parameter, or
-        inner carries it already; or if `groups` does not fit.
+      TypeError: If `inner` is not a transformation, or the names are not tuples of strings.
+      ValueError: At `init`, if the inner state has none of the default fields, or lacks a field
+        that you named; if a moment has another shape than its parameter, or `inner` already carries
+        it; or if `groups` does not fit.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -90,7 +93,7 @@ def transport_moments(
       >>> tx = so.transport_moments(optax.trace(decay=0.9), groups=so.per_layer())
       >>> params = jnp.array([1., 0.])
       >>> _, state = tx.update(jnp.array([0., 1.]), tx.init(params), params)
-      >>> params = jnp.array([0., 2.])  # turned by 90 degrees, and twice as long
+      >>> params = jnp.array([0., 2.])  # rotated by 90 degrees, and twice as long
       >>> updates, state = tx.update(jnp.array([1., 0.]), state, params)
       >>> updates
       Array([1., 0.], dtype=float32)
@@ -164,7 +167,7 @@ def transport_moments(
 
 
 def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
-    """Raises a `ValueError` if a transformation in the inner one carries a moment itself."""
+    """Raises a `ValueError` if a transformation inside the inner one already carries a moment."""
     of_ours = ScaleByAdamgState, ScaleByAdamsrtState, TransportedTraceState
     carrying = TransportMomentsState, *of_ours
     kept = _trees.visible_leaves(inner_state)
@@ -179,6 +182,6 @@ def _check_not_carried(inner_state: Any, params: Any, names: Names) -> None:
         if carried := [leaf.path for leaf in moments if leaf.keys[: len(keys)] == keys]:
             raise ValueError(
                 f"transport_moments: expected moments that nothing carries yet, found {carried} in "
-                f"{type(node).__name__}: they would be transported and rescaled twice; use the "
-                "inner transformation by itself."
+                f"{type(node).__name__}. They would be transported and rescaled twice. Use the "
+                "inner transformation without transport_moments."
             )

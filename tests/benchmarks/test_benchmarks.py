@@ -1,4 +1,4 @@
-"""The benchmarks' programs, in the shortest runs: they measure what they say."""
+"""The benchmark programs run in short form, and their results are plausible."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_step(tmp_path):
     assert [adam["optimizer"], fused["optimizer"], composed["optimizer"]] == names
     assert adam["to adam"]["median"] == 1
     assert fused["copies of 16384 entries and more"] == 0
-    # Parts of five sums, of a sixteenth of each leaf; older XLA allocates more.
+    # Partial results of five sums, each a sixteenth of a leaf. Older XLA allocates more.
     bound = 0.35 if jax.__version_info__ >= (0, 10, 2) else 0.5
     assert fused["temporary bytes per parameter"] <= bound * 4
     assert composed["copies of 16384 entries and more"] > 0
@@ -52,7 +52,7 @@ def test_train(tmp_path):
     assert added["sgd"]["added"]["median"] == 0
     assert added["optax.adam"]["added"]["median"] == pytest.approx(1)
     assert all(0 < row["memory"] < 1.2 for row in added.values())
-    # Tracing does not grow with layers that are alike as Adam's does.
+    # The time for tracing grows less with the number of identical layers than Adam's does.
     assert {row["optimizer"]: row["trace to adam"] for row in networks["unrolled"]}["adamsrt"] < 8
     run("train.py", "--network", "layers", *size, out=tmp_path)
     report = json.loads((tmp_path / "train.json").read_text())
@@ -97,7 +97,7 @@ def test_unknown_optimizer(tmp_path):
 
 @pytest.mark.slow
 def test_device(tmp_path):
-    """Its tiny form, from a checkout, in an environment that knows nothing of the library."""
+    """The tiny version of device.py runs from a checkout and writes all parts."""
     command = [sys.executable, str(BENCHMARKS / "device.py"), "--out", str(tmp_path)]
     environment = os.environ | CACHED | {"XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -122,7 +122,7 @@ def test_device(tmp_path):
 
 
 def test_device_imports_nothing_that_is_not_there():
-    """Beside JAX, Optax, Flax and NumPy only the standard library and the checkout."""
+    """device.py needs only JAX, Optax, Flax, NumPy, the standard library and the checkout."""
     program = """
 import sys
 class Refuse:
@@ -142,7 +142,7 @@ import device
 
 
 def test_device_runs_the_optimizers_of_pytorch():
-    """With as many steps as are asked for, on parameters of the same shapes."""
+    """PyTorch's optimizers take the requested number of steps on parameters of the same shapes."""
     program = """
 import sys, types
 import numpy as np

@@ -1,6 +1,6 @@
-"""What XLA makes of a step for an H100: bytes, kernels and temporary memory, not times.
+"""Bytes, kernels and temporary memory of steps that XLA compiles for an H100.
 
-Needs the packages of the extra `accelerators`; `make test-accelerators` has them.
+Needs the packages of the extra `accelerators`, which `make test-accelerators` installs.
 """
 
 import json
@@ -41,7 +41,7 @@ ENTRY %main (a: f32[8], b: f32[4]) -> f32[20] {
 
 
 def test_bytes_of_a_program():
-    """A part is joined twice, 4 entries are fetched from the main memory, and used elsewhere."""
+    """An array that is concatenated twice is read twice; only bytes in the main memory count."""
     moved, kernels, copies = compiled.traffic(PROGRAM)
     assert moved == 4 * (2 * 8 + 4) + 4 * 20 + 4 * 4
     assert (kernels, copies) == (2, 0)
@@ -74,7 +74,7 @@ def resnet18(device):
     return describe
 
 
-# Bytes a parameter, kernels, and bytes of temporary memory a parameter.
+# Upper bounds: bytes per parameter, kernels, and bytes of temporary memory per parameter.
 MOST = {
     "optax.adam": (28.1, 64, 0.1),
     "adams": (25, 110, 0.1),
@@ -89,7 +89,11 @@ MOST = {
 
 @pytest.mark.parametrize("name", MOST)
 def test_bytes_kernels_and_memory_of_a_step(resnet18, name):
-    """Two passes over moment, gradient and parameter, and one that writes, are 32."""
+    """Bytes, kernels and temporary memory stay below the bounds.
+
+    Reading moment, gradient and parameter twice, and writing moment and parameter once, makes 32
+    bytes per parameter.
+    """
     found, (moved, kernels, memory) = resnet18(name), MOST[name]
     assert found["bytes per parameter"] <= moved
     assert found["kernels"] <= kernels
@@ -99,7 +103,7 @@ def test_bytes_kernels_and_memory_of_a_step(resnet18, name):
 
 @pytest.mark.parametrize(("name", "most"), [("adamsrt", 6), ("hyperball", 6), ("adamp", 8)])
 def test_kernels_where_a_group_is_a_matrix(device, name, most):
-    """All sums are in one kernel, their last parts in the one that computes with them."""
+    """One kernel makes all sums in parts, and the kernel that uses them adds up the parts."""
     shapes = {f"layer{n}": (1024, 1024) for n in range(12)}
     tx = measure.OPTIMIZERS[name](so.groups_by_path({".*": so.per_layer()}))
     found = compiled.describe(tx, shapes, "float32", device)
@@ -120,7 +124,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", ["adamsrt", "adamg", "hyperball"])
 @pytest.mark.parametrize("case", SHAPES)
 def test_a_step_of_one_leaf(device, name, case):
-    """Few kernels, whatever the number of rows; a direction is stored."""
+    """A step has few kernels for any number of rows; only Hyperball stores a direction."""
     shape, group = SHAPES[case]
     tx = measure.OPTIMIZERS[name](so.groups_by_path({".*": group}))
     found = compiled.describe(tx, {"w": shape}, "float32", device)
@@ -131,9 +135,9 @@ def test_a_step_of_one_leaf(device, name, case):
 
 @pytest.mark.parametrize("name", MOST)
 def test_temporary_memory_beside_gradients(device, name):
-    """A direction that is stored takes the place of its gradient, which the program has made.
+    """A stored direction reuses the memory of its gradient, which the program has computed.
 
-    AdamP needs both of a layer at once, which is an eighth of this network.
+    AdamP needs direction and gradient of a layer at once. A layer is an eighth of this network.
     """
     shapes = {f"layer{i}": (2304, 256) for i in range(8)}
     where = jax.sharding.SingleDeviceSharding(device)
@@ -163,7 +167,7 @@ def test_temporary_memory_beside_gradients(device, name):
 
 
 def test_a_sharded_step_communicates_the_sums(device, tmp_path):
-    """In a process of its own, which sees several devices as on a cluster."""
+    """A sharded step communicates only sums. It is compiled in a separate process."""
     del device
     program = pathlib.Path(__file__).parents[2] / "benchmarks" / "sharded.py"
     size = ["--layers", "2", "--width", "1024", "--tokens", "256"]
@@ -174,6 +178,6 @@ def test_a_sharded_step_communicates_the_sums(device, tmp_path):
     for rows in results.values():
         for row in rows:
             assert row["bytes"] == row["bytes by the formula"]
-            # The smallest matrix has 4 MB; what is here may be one with Adam's small ones.
+            # The smallest matrix has 4 MB. A sum may be merged with Adam's small collectives.
             assert row["largest, bytes"] <= 8192
             assert (row["bytes"] > 0) == (row["optimizer"] != "optax.adam")

@@ -1,4 +1,4 @@
-"""How functions are called: by position, in another order, with numbers too large."""
+"""Calls with positional groups, arguments in the wrong order or numbers too large are caught."""
 
 import jax.numpy as jnp
 import optax
@@ -15,7 +15,7 @@ FACTORIES += ("adamh", "muonh", "rotational_adamw", "rotational_sgdm", "rotation
     "groups", [so.per_filter(), so.groups_by_path({"a": True}), {"a": so.per_layer()}]
 )
 def test_groups_by_position(name, groups):
-    message = rf"{name}: expected groups by name, .*write {name}\(\.\.\., groups=groups\)"
+    message = rf"{name}: expected groups as a keyword .*Write {name}\(\.\.\., groups=groups\)"
     with pytest.raises(TypeError, match=message):
         getattr(so, name)(0.1, groups)
 
@@ -62,7 +62,7 @@ def test_an_angle_of_more_than_a_radian_is_said():
         lambda angle: so.muonh(angle, groups=groups),
         lambda angle: so.rotational(optax.trace(0.9), angle, groups=groups),
     ):
-        with pytest.warns(UserWarning, match="an angle of at most 1 radian a step, found 3"):
+        with pytest.warns(UserWarning, match="an angle of at most 1 radian per step, found 3"):
             make(3.0)
         make(1.0)
         make(lambda step: 3.0)

@@ -1,4 +1,4 @@
-"""Hyperball and rotational take directions, and turn the sign themselves."""
+"""Hyperball and rotational take a direction as `inner`, and negate it themselves."""
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +115,35 @@ def test_a_direction_passes(name):
     hyperball(DIRECTIONS[name]).init(params_of())
 
 
+UPWARDS = {
+    "scale_by_adam": optax.scale_by_adam(),
+    "trace": optax.trace(0.9),
+    "masked": optax.masked(optax.adam(1e-3), {**dict.fromkeys(params_of(), True), "norm": False}),
+}
+
+
+@pytest.mark.parametrize("make", [so.adamh, so.adamg], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", UPWARDS)
+def test_another_direction_is_refused(make, name):
+    """Parameters without a group would move up the loss."""
+    message = (
+        r"expected other to be a whole optimizer, found that its update of norm/\w+ points along"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(0.1, groups=GROUPS, other=UPWARDS[name]).init(params_of())
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "labels of all paths"])
+def test_another_whole_optimizer_passes(name):
+    so.adamh(0.1, groups=GROUPS, other=WHOLE[name]).init(params_of())
+
+
+def test_another_that_cannot_be_tried_passes():
+    so.adamh(0.1, groups=GROUPS, other=needs_a_batch()).init(params_of())
+
+
 def test_one_block_of_many_is_looked_at():
-    """What is run has an array per kind of leaf, whatever the number of layers."""
+    """The trial runs `inner` on one small array per kind of leaf, however many layers there are."""
     seen = []
 
     def init(params):
@@ -146,14 +173,14 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_inner_must_be_a_transformation(name):
     message = rf"{name}: expected a gradient transformation as inner, found "
-    with pytest.raises(TypeError, match=message + r"3; pass one, such as optax\.trace\(0\.9\)\."):
+    with pytest.raises(TypeError, match=message + r"3\. Pass one, such as optax\.trace\(0\.9\)\."):
         WRAPPERS[name](3)
-    with pytest.raises(TypeError, match=message + r"<function scale_by_adam .*; call it\."):
+    with pytest.raises(TypeError, match=message + r"<function scale_by_adam .*\. Call it\."):
         WRAPPERS[name](optax.scale_by_adam)
 
 
 def test_muonh_on_a_tree_of_dictionaries():
-    """Its matrices take Muon's direction at the initial radius; the other leaves follow Adam."""
+    """Matrices take Muon's direction at their initial radius; Adam trains the other leaves."""
     params = params_of()
     groups = so.groups_by_path({r"dense\d/kernel": so.per_layer()})
     tx = so.hyperball(muon(), 0.1, groups=groups, other=optax.adam(0.01))
@@ -194,7 +221,7 @@ def test_a_whole_optimizer_is_refused_whatever_it_asks_for(name):
 
 
 def test_what_cannot_be_tried_is_said_and_can_be_stated():
-    message = r"hyperball: .* cannot be tried: TypeError: .*'batch'.*so\.direction\(inner\)"
+    message = r"hyperball: .* fails on small arrays: TypeError: .*'batch'.*so\.direction\(inner\)"
     with pytest.raises(ValueError, match=message):
         hyperball(needs_a_batch()).init(params_of())
     params = params_of()
@@ -211,7 +238,7 @@ def test_what_cannot_be_tried_is_said_and_can_be_stated():
 
 
 def test_hyperparameters_may_be_traced():
-    """As in a search over them with `init` inside; they are numbers elsewhere."""
+    """Traced hyperparameters, as in a vmapped search that calls `init`, act like numbers."""
 
     def moved(b1):
         params = params_of()
@@ -223,7 +250,7 @@ def test_hyperparameters_may_be_traced():
     np.testing.assert_allclose(found[1], moved(0.9), rtol=1e-4)
 
 
-# --- rates by path ----------------------------------------------------------------------
+# --- learning rates by path -------------------------------------------------------------
 
 
 def angles(tx, params, steps=1):
@@ -263,7 +290,7 @@ def test_rates_by_path(name):
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), end[module], one[module]
         )
     jax.tree.map(np.testing.assert_array_equal, end["norm"], rest["norm"])
-    if name == "hyperball":  # of tangent directions the rate is the tangent of the angle
+    if name == "hyperball":  # for tangent directions the rate is the tangent of the angle
         np.testing.assert_allclose(both["conv/kernel"], 0.01, rtol=1e-3)
         np.testing.assert_allclose(both["dense0/kernel"], 0.2, rtol=1e-3)
         later, _ = angles(make(rules), params, steps=3)

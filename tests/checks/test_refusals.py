@@ -1,4 +1,4 @@
-"""Masks that detection refuses, with causes that fit what was seen."""
+"""Masks that detection refuses, with causes that fit the evidence."""
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +26,19 @@ def network(norm):
 
 
 def renormalized(x, kernel):
-    """Batch renormalization (Ioffe 2017): constants to the gradient put the scale back."""
+    """Batch renormalization (Ioffe 2017): factors without a gradient restore the scale."""
     x = x @ kernel
     std = jnp.sqrt(x.var(0) + 1e-3)
     return (x - x.mean(0)) / std * jax.lax.stop_gradient(jnp.clip(std, 1 / 3, 3.0))
 
 
 def detached(x, kernel):
-    """A weight normalization whose norm the gradient does not see."""
+    """Weight normalization by a norm without a gradient."""
     return x @ (kernel / jax.lax.stop_gradient(jnp.linalg.norm(kernel, axis=0)))
 
 
 def quantized(x, kernel):
-    """Fake quantization to 4 bits, straight through, before BatchNorm."""
+    """Fake quantization to 4 bits with a straight-through gradient, before BatchNorm."""
     scale = jax.lax.stop_gradient(jnp.abs(kernel).max(0) / 7)
     rounded = jax.lax.stop_gradient(jnp.round(kernel / scale) * scale - kernel)
     x = x @ (kernel + rounded)
@@ -46,7 +46,7 @@ def quantized(x, kernel):
 
 
 def test_outputs_that_change_are_refused_although_gradients_are_tangent():
-    with pytest.raises(ValueError, match=r"fc1/kernel.*expected outputs that stay.*batch renorm"):
+    with pytest.raises(ValueError, match=r"fc1/kernel.*outputs that do not change.*Batch renorm"):
         so.check_radial_groups(network(renormalized), P, FILTERS, X)
     with pytest.warns(UserWarning, match=r"found that they change for .*fc1/kernel"):
         found = so.find_radial_groups(network(renormalized), P, X)
@@ -72,7 +72,7 @@ def test_half_precision_is_named_where_there_is_some():
         bits = jax.lax.bitcast_convert_type(kernel.astype(jnp.bfloat16), jnp.uint16)
         return x @ jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
 
-    with pytest.raises(ValueError, match="no normalization layer follows") as error:
+    with pytest.raises(ValueError, match="No normalization layer follows") as error:
         so.check_radial_groups(network(plain), P, FILTERS, X)
     assert "half precision" not in str(error.value)
     assert all(name in str(error.value) for name in ("retract", "nGPT", "SimbaV2", "Hyperball"))

@@ -1,4 +1,4 @@
-"""Every leaf of the usual architectures, right; and bad input, clear."""
+"""Detection is right for every leaf of the usual architectures, and names bad input."""
 
 import contextlib
 import functools
@@ -55,7 +55,7 @@ BatchNorm = functools.partial(nn.BatchNorm, use_running_average=False)
 
 
 class ResNet(nn.Module):
-    """BatchNorm, zero-initialised last scales, a depthwise convolution, a shortcut."""
+    """BatchNorm, zero-initialized last scales, depthwise convolutions and a shortcut."""
 
     @nn.compact
     def __call__(self, x):
@@ -121,7 +121,7 @@ class MobileNet(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """LayerNorm over channels, depthwise convolutions with bias, zero-initialised LayerScale."""
+    """LayerNorm over channels, depthwise convolutions with bias, zero-initialized LayerScale."""
 
     @nn.compact
     def __call__(self, x):
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
 
 
 class Ladder(nn.Module):
-    """Nothing normalizes the main path; the branches start with a norm and have one inside."""
+    """The main path is not normalized; branches have a norm at the start and one inside."""
 
     depth: int
 
@@ -181,7 +181,7 @@ class Ladder(nn.Module):
 
 
 class Residual(nn.Module):
-    """The block of diffusion models, or of autoencoders where there is no time."""
+    """The block of diffusion models; without `time`, that of autoencoders."""
 
     channels: int
     bias: bool = True
@@ -209,7 +209,7 @@ class Diffusion(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """GroupNorm in the branches only; four levels down and up."""
+    """Four levels down and four up, with GroupNorm in the branches only."""
 
     @nn.compact
     def __call__(self, x):
@@ -236,7 +236,7 @@ class PreNorm(nn.Module):
 
 
 class Critic(nn.Module):
-    """Weight normalization of the head, a kernel with one output."""
+    """A head with weight normalization and a single output."""
 
     @nn.compact
     def __call__(self, x):
@@ -294,7 +294,7 @@ def residual(params, x):
 
 
 def keras_like(params, x):
-    """A list of arrays: kernel, scale and shift of BatchNorm, and a head."""
+    """A model whose parameters are a list of arrays, as in Keras."""
     kernel, scale, shift, hidden, bias, norm, head = params
     x = jax.nn.relu(batch_norm(x @ kernel, 1e-3) * scale + shift)
     x = jax.nn.relu(rms_norm(x @ hidden + bias) * norm)
@@ -519,7 +519,7 @@ class BatchNormed(nn.Module):
 
 
 def without_labels(groups, params):
-    """Path to group, the joint label as a star; and which paths share a label."""
+    """The groups by path, with `*` for each joint label, and the sets of paths with one label."""
     leaves = _trees.visible_leaves(params)
     plain, together = {}, {}
     for joint in joints_of(groups, params):
@@ -542,7 +542,7 @@ LARGE = (
 
 
 def quiet(warned):
-    """Warns of having found nothing exactly where it should."""
+    """Expects the warning that no group was found if `warned`."""
     return pytest.warns(UserWarning, match="no group is") if warned else contextlib.nullcontext()
 
 
@@ -565,7 +565,7 @@ def test_every_leaf_is_right(name, dtype):
         assert groups == expected
         blocks = 2 if "diffusion" in name else 1
         assert all(len({(*path.split("/")[:-blocks],) for path in paths}) == 1 for paths in joint)
-        # The gap is orders of magnitude.
+        # Deviations of invariant groups and of others differ by orders of magnitude.
         assert found.invariant_up_to < (1e-3 if dtype == "float32" else 1e-5)
         assert found.others_from > 0.03
         assert found.forward_passes <= 27
@@ -573,7 +573,7 @@ def test_every_leaf_is_right(name, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gradients_of_a_random_loss_are_orthogonal(dtype):
-    """The other way round, at a point where epsilon is out of the way."""
+    """Where epsilon is negligible, the gradient of every group found is tangent."""
     with precision(dtype):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), dtype)
 
@@ -640,12 +640,12 @@ def test_table_of_the_evidence():
 
 
 def test_unclear_leaves_are_named_and_get_no_group():
-    """A small part of the input beside the kernel's: nearly invariant, and not quite."""
+    """A layer that adds a small part of its input is only nearly invariant, so it gets no group."""
 
     def fn(params, x):
         return rms_norm(x @ params["kernel"] + 1e-3 * x)
 
-    with pytest.warns(UserWarning, match=r"found ones between for \['kernel \(whole .*no group"):
+    with pytest.warns(UserWarning, match=r"deviations in between for \['kernel \(whole .*no group"):
         groups = so.find_radial_groups(fn, zeros(kernel=(6, 6)), VECTORS)
     assert groups == {"kernel": None}
 
@@ -671,30 +671,30 @@ def test_a_stopped_gradient_does_not_pass_for_no_effect():
         (
             "bias before BatchNorm",
             {"head/kernel": FILTER, "conv": FILTER},
-            r"(?s)3 of 5 groups.*conv0/bias of shape \(8,\): expected an invariant group, found no "
-            r"effect.*head/kernel of shape \(8, 3\): .*a deviation of .*; none tried is",
+            r"(?s)3 of 5 parameters.*conv0/bias of shape \(8,\): expected an invariant group, found no "
+            r"effect.*head/kernel of shape \(8, 3\): .*a deviation of .*\. None tried is",
         ),
         (
             "bias before BatchNorm",
             {"conv0/kernel": LAYER},
             r"conv0/kernel of shape \(3, 3, 3, 8\): expected the finest invariant groups, found "
-            r"so\.per_layer\(\); finer and invariant is so\.per_filter\(\)",
+            r"so\.per_layer\(\)\. Use so\.per_filter\(\), which is finer",
         ),
         (
             "LayerNorm with bias",
             {"fc0/kernel": LAYER},
             r"fc0/kernel of shape \(6, 16\): expected an invariant group, found a deviation of .* "
-            r"for so\.per_layer\(\); invariant is .*joint='fc0'",
+            r"for so\.per_layer\(\)\. Use .*joint='fc0'\), which is invariant",
         ),
         (
             "GroupNorm",
             {"conv0/kernel": so.per_channel_block(2)},
-            r"finer and invariant is so\.per_channel_block\(4\)",
+            r"Use so\.per_channel_block\(4\), which is finer",
         ),
         (
             "QK-norm",
             {"query/kernel": FILTER},
-            r"attention/query/kernel of shape \(8, 2, 6\).*invariant is so\.per_filter\(axis=1\)",
+            r"attention/query/kernel of shape \(8, 2, 6\).*Use so\.per_filter\(axis=1\), which is",
         ),
     ],
 )
@@ -706,9 +706,9 @@ def test_wrong_masks_are_refused(name, groups, message):
     if name == "bias before BatchNorm" and "head" in str(groups):
         assert not found
     else:
-        rules = eval(after.splitlines()[0], {"so": so})  # as one would paste them
+        rules = eval(after.splitlines()[0], {"so": so})  # as a user would paste them
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the leaves that they leave out
+            warnings.simplefilter("ignore")  # names the leaves that the rules leave out
             so.check_radial_groups(fn, params, rules, x)
 
 
@@ -729,7 +729,7 @@ COUNTER = itertools.count()
             ),
             zeros(k=(6, 2)),
             ValueError,
-            "two calls of fn differ; turn dropout off, or give it a fixed key",
+            "two calls of fn differ. Turn dropout off, or give it a fixed key",
         ),
         (
             lambda p, x: x @ p["k"] * np.random.default_rng(next(COUNTER)).normal(size=2),
@@ -767,7 +767,7 @@ def test_nnx_variables_mutated_from_outside():
 
 
 def evaluated(params, x):
-    """BatchNorm with running statistics."""
+    """BatchNorm in evaluation mode, with running statistics."""
     return jax.nn.relu(0.3 * (x @ params["k"]) + 0.1)
 
 
@@ -778,7 +778,7 @@ def evaluated(params, x):
         (
             lambda p, x: (batch_norm(x @ p["k"]), {"mean": (x @ p["k"]).mean(0)}),
             VECTORS,
-            r"no group .*returns updated statistics beside the outputs",
+            r"no group .*returns updated statistics with the outputs",
         ),
         (
             lambda p, x: (batch_norm(x @ p["k"]) ** 2).mean() + 0.01 * (p["k"] ** 2).sum(),
@@ -788,7 +788,7 @@ def evaluated(params, x):
         (
             lambda p, x: x[:1] * 0 + batch_norm(x[:1] @ p["k"]),
             VECTORS,
-            r"1 of 1 kernels have no effect on the outputs, k first.*batch of one",
+            r"1 of 1 kernels have no effect on the outputs, for example k.*batch of one",
         ),
     ],
     ids=["evaluation mode", "statistics returned", "L2", "one sample"],
@@ -800,7 +800,7 @@ def test_warns_where_nothing_is_found(fn, x, message):
 
 
 def test_scaling_that_changes_the_outputs_is_reported_with_its_number(monkeypatch):
-    """The confirmation has the last word; here it is told of a change."""
+    """The confirmation decides: if it sees a change, the leaf gets no group and is reported."""
     fn, params, x, _ = MODELS["resnet"][0]()
     paths = [leaf.path for leaf in _trees.visible_leaves(params)]
 
@@ -815,7 +815,9 @@ def test_scaling_that_changes_the_outputs_is_reported_with_its_number(monkeypatc
 
 
 def test_check_names_evaluation_mode_where_all_groups_fail():
-    message = r"(?s)1 of 1 groups.*none tried is invariant.*use training mode.*AdamH.*expected\.$"
+    message = (
+        r"(?s)1 of 1 parameters.*None tried is invariant.*use training mode.*AdamH.*expected\.$"
+    )
     with pytest.raises(ValueError, match=message):
         so.check_radial_groups(evaluated, zeros(k=(6, 6)), {"k": FILTER}, VECTORS)
 
@@ -825,14 +827,14 @@ def test_check_names_evaluation_mode_where_other_groups_hold():
         return evaluated(params, x), rms_norm(x @ params["kernel"])
 
     groups = {"k": FILTER, "kernel": LAYER}
-    with pytest.raises(ValueError, match=r"(?s)1 of 2 groups:\nk of shape.*use training mode"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 parameters:\nk of shape.*use training mode"):
         so.check_radial_groups(fn, zeros(k=(6, 6), kernel=(6, 6)), groups, VECTORS)
 
 
 def test_check_names_invariant_kernels_without_a_group():
     fn, params, x, _ = MODELS["bias before BatchNorm"][0]()
     mask = so.groups_by_path({"conv0/kernel": FILTER})
-    message = r"have no group, and are invariant: conv1/kernel \(so\.per_filter\(\)\)"
+    message = r"are invariant, but have no group: conv1/kernel \(so\.per_filter\(\)\)"
     with pytest.warns(UserWarning, match=message):
         so.check_radial_groups(fn, params, mask, x)
 
@@ -854,7 +856,7 @@ def test_progress():
 
 
 def test_a_scan_reads_what_the_iteration_before_left():
-    """Two values that change places twice: what is added to the third may be either."""
+    """Two values are swapped in a scan, so either may be added to the third."""
 
     def fn(a, b, c):
         swap = lambda carry, _: (carry[::-1], None)  # noqa: E731
@@ -865,7 +867,7 @@ def test_a_scan_reads_what_the_iteration_before_left():
 
 
 def test_epsilons_are_found_inside_other_programs():
-    """In a scan, under jit and remat; the size of what they are added to decides nothing."""
+    """Epsilons are found in a scan, under jit and under remat, even if the weights are tiny."""
 
     @jax.jit
     def norm(x):

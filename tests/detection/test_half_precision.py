@@ -1,4 +1,4 @@
-"""Groups are found, and masks refused, at every precision of weights and of what is computed."""
+"""Groups are found, and masks refused, at every precision of weights and computation."""
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,7 @@ class Linen(nn.Module):
 
 
 class Nnx(nnx.Module):
-    """The same."""
+    """The same network in NNX."""
 
     def __init__(self, dtype, param_dtype, rngs):
         kind = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -111,7 +111,7 @@ def test_keras_under_a_mixed_policy(policy, monkeypatch):
 
 
 def layers_of(body):
-    """A network with a normalized layer, and something of half precision in it."""
+    """A network with a normalized layer in bfloat16, followed by `body`."""
 
     def fn(params, x):
         x = x.astype(jnp.bfloat16) @ params["w"].astype(jnp.bfloat16)

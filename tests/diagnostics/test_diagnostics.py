@@ -1,4 +1,4 @@
-"""The theorem on the step against measured angles, and what is recorded against NumPy."""
+"""The predicted step against measured angles, and recorded values against NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ LR = {"sgd": 0.5, "momentum": 0.5, "sgdmrt": 0.5, "adam": 0.05, "adams": 0.05, "
 @jax.jit
 @jax.grad
 def gradient(kernel, data):
-    """Of a random loss that only reads the directions of the kernel's columns."""
+    """The gradient of a random loss that depends only on the directions of the columns."""
     directions = kernel / jnp.linalg.norm(kernel, axis=0)
     return jnp.mean((jnp.tanh(data @ directions) - data[:, :3]) ** 2)
 
@@ -51,7 +51,10 @@ def optimizer(name, decay):
 
 
 def trajectory(name, decay):
-    """Kernels, gradients (L2 included) and states, one more kernel than the others."""
+    """The kernels before the first and after each step, and each step's gradient and state.
+
+    Gradients include L2.
+    """
     tx, x = optimizer(name, decay), kernel()
     state, path, grads, states = tx.init(x), [x], [], []
     update = jax.jit(tx.update)
@@ -66,7 +69,7 @@ def trajectory(name, decay):
 
 
 def quotients(name, path, grads):
-    """The numerators and denominators of all steps, from the textbook recursions."""
+    """Numerator and denominator of each step, from the textbook recursions."""
     x, m, v = np.asarray(path[0]), np.zeros((6, 3)), 0.0
     for t, g in enumerate(grads, start=1):
         if name == "sgd":
@@ -90,7 +93,7 @@ def quotients(name, path, grads):
 
 
 def check_step(step, x, new, rtol=1e-9):
-    """The measured angle and direction are those predicted, columns as groups."""
+    """The predicted angle and direction of each column agree with the measured ones."""
     x, new, c = (np.asarray(array) for array in (x, new, step.direction))
     u, length = x / np.linalg.norm(x, axis=0), np.linalg.norm(c, axis=0)
     measured = geometry.angle(jnp.asarray(x), jnp.asarray(new), so.per_filter())
@@ -112,7 +115,7 @@ def test_predicted_angle_and_direction_are_those_measured(name, decay, x64):
 
 @pytest.mark.parametrize(("name", "part"), [("adamsrt", 1 - BETA1), ("sgdmrt", 1 - DAMPENING)])
 def test_numerator_from_the_state_of_transported_moments(name, part, x64):
-    """As the docstring says: the state's moments of r g, and the gradient's radial part."""
+    """The numerator is the state's moment of r g plus the gradient's radial part, as documented."""
     path, grads, states = trajectory(name, decay=0.3)
     for t, (x, g, state) in enumerate(zip(path, grads, states, strict=False), start=1):
         r = np.linalg.norm(x, axis=0)
@@ -147,7 +150,7 @@ def test_gradients_are_tangent_and_of_degree_minus_one(factor, x64):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_radius_after_a_step_of_sgd(decay, x64):
-    """Tangent steps add their square to that of the radius; decay only scales it."""
+    """A step adds its squared length to the squared radius, after decay has scaled the radius."""
     x, lr = kernel(), 0.5
     g = gradient(x, data()[0])
     updates, _ = optimizer("sgd", decay).update(g, optimizer("sgd", decay).init(x), x)
@@ -157,7 +160,7 @@ def test_radius_after_a_step_of_sgd(decay, x64):
 
 
 def test_only_division_by_entry_gives_a_step_a_radial_part(x64):
-    """Adam's first step on a tangent gradient, and that of AdamS."""
+    """On a tangent gradient, Adam's first step has a radial part, and that of AdamS has none."""
     x, group = kernel(), so.per_filter()
     g = gradient(x, data()[0])
     radial = {}
@@ -231,7 +234,7 @@ def test_steps_beyond_90_degrees_and_zero_groups(x64):
     ("kwargs", "error", "message"),
     [
         ({"group": True}, TypeError, "expected RadialGroup, found True"),
-        ({"b": jnp.ones(2)}, ValueError, r"expected b as a number, of shape \(2, 3\) .* \(2,\)"),
+        ({"b": jnp.ones(2)}, ValueError, r"b as a number, of the shape \(2, 3\) .* \(2,\)"),
         ({"a": jnp.ones((3, 2))}, (TypeError, ValueError), "shape"),
     ],
 )
@@ -241,7 +244,7 @@ def test_effective_learning_rate_refuses(kwargs, error, message):
         so.effective_learning_rate(jnp.ones((2, 3)), **{**given, **kwargs})
 
 
-# --- what is recorded -------------------------------------------------------------------
+# --- recorded values --------------------------------------------------------------------
 
 GROUPS = so.groups_by_path(
     {
@@ -266,7 +269,7 @@ def parameters(seed=0, dtype="float64"):
 
 
 def vectors(params):
-    """The groups by hand, as the columns of a matrix: for each path with a group."""
+    """For each path with a group, the groups as columns of a matrix, made by hand."""
     joint = np.concatenate([params["dense"]["bias"], np.ravel(params["dense"]["kernel"])])
     blocks = np.asarray(params["blocks"]["kernel"]).reshape(3, 2, 3)
     return {
@@ -389,7 +392,7 @@ def test_zero_groups_missing_updates_and_lost_steps(dtype):
     np.testing.assert_array_equal(sphere.radius_before, [0, 1])
     np.testing.assert_array_equal(sphere.step_radial, [0, 0])
     np.testing.assert_allclose(sphere.step_tangential, [5, 1e-3], rtol=1e-2)
-    np.testing.assert_allclose(sphere.step_angle, [0, 1e-3], rtol=1e-2)  # bfloat16 keeps 1e-3
+    np.testing.assert_allclose(sphere.step_angle, [0, 1e-3], rtol=1e-2)  # bfloat16 resolves 1e-3
     assert sphere.step_angle.dtype == ("float64" if dtype == "float64" else "float32")
 
     tx = so.record_sphere({"a": groups})

@@ -1,4 +1,4 @@
-"""The recorded effective learning rate against that predicted from the optimizer's state."""
+"""The recorded effective learning rate agrees with the one predicted from the state."""
 
 import math
 
@@ -32,7 +32,7 @@ OPTIMIZERS = {
 
 
 def quotient(name, state, g, x, unit):
-    """Numerator and denominator of a step, as the docstring of the prediction has them."""
+    """Numerator and denominator of a step, as documented for the prediction."""
     field = lambda name: dict(enumerate(jax.tree.leaves(optax.tree.get(state, name))))  # noqa: E731
     r = so.geometry.norm(x, unit)
     radial = so.geometry.scale(so.geometry.inner(g, x, unit) / r**2, x, unit)
@@ -84,7 +84,7 @@ def test_is_that_of_the_state(name, case, x64):
 
 
 def test_schedules_decay_and_accumulation_are_seen(x64):
-    """In the angle, whatever the optimizer is wrapped in."""
+    """The recorded rate includes schedules, decay, injection and accumulation."""
     params, groups = jnp.array([2.0, 0.0]), so.per_layer()
     g = jnp.array([0.0, 1.0])
     schedule = optax.linear_schedule(0.4, 0.0, 2)
@@ -130,11 +130,11 @@ def test_numbers_that_are_traced(x64):
 def test_what_it_cannot_know_is_named():
     params, groups = {"w": jnp.ones((4, 3))}, {"w": so.per_filter()}
     for tx, numbers, message in (
-        (optax.adam(0.1), {}, r"w: expected b1 and b2 and eps of the optimizer, .* pass b1=\.\.\."),
+        (optax.adam(0.1), {}, r"w: expected b1 and b2 and eps of the optimizer, .* Pass b1=\.\.\."),
         (
             so.adams(0.1, groups=groups),
             {},
-            "w: expected b1 of the optimizer, which its ScaleByAdam",
+            "w: expected b1 of the optimizer, found none: ScaleByAdam",
         ),
         (optax.lion(0.1), {}, r"w: expected moments in one of .*, found \['ScaleByLionState'\]"),
         (optax.adam(0.1, nesterov=True), ADAM, "w: expected steps along the quotient .* a cosine"),

@@ -1,4 +1,4 @@
-"""Flat names and numbers of what recorders keep, wherever they are in a state."""
+"""Reports of recorded values as flat names and numbers, wherever the recorder is in a state."""
 
 import flax.linen as nn
 import jax
@@ -122,11 +122,11 @@ def test_nnx_optimizer():
 
 def test_what_is_missing_is_named():
     params = tree_of(SHAPES, 0, "float32")
-    with pytest.raises(ValueError, match=r"found none; put record_sphere\(groups\) last"):
+    with pytest.raises(ValueError, match=r"found none\. Put record_sphere\(groups\) last"):
         so.sphere_report(optax.sgd(0.1).init(params), params, GROUPS)
     twice = optax.chain(so.record_sphere(GROUPS), so.record_sphere(GROUPS))
     with pytest.raises(ValueError, match="expected one RecordSphereState, found several"):
         so.sphere_report(twice.init(params), params, GROUPS)
     other = so.groups_by_path({"conv/kernel": so.per_filter()})
-    with pytest.raises(ValueError, match=r"expected sphere of \['conv/kernel'\], as groups has it"):
+    with pytest.raises(ValueError, match=r"sphere of \['conv/kernel'\], the parameters with"):
         so.sphere_report(so.record_sphere(GROUPS).init(params), params, other)

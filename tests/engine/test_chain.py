@@ -1,4 +1,4 @@
-"""Chains: equal to Optax's in results and state, in two passes; optimizers are such chains."""
+"""Chains equal Optax's in results and state, but in two passes; optimizers are such chains."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def masked(groups, inner):
 
 
 def angle(factor):
-    """The one that a rotational variant takes at this rate, with a decay of 0.1."""
+    """The schedule of a rotational variant's angle with a weight decay of 0.1."""
     return lambda count: jnp.sqrt(2 * RATE(count) * 0.1 * factor)
 
 
@@ -41,7 +41,7 @@ ADAM = (0.8, 0.9, 1e-3)
 OTHER = optax.sgd(0.1, 0.7)
 LION = 0.5 * np.pi * ((1 - 0.8) ** 2 + 0.8**2 * (1 - 0.9) / (1 + 0.9))
 
-# Each optimizer, and the parts of the chain that a user would write.
+# Each optimizer, and the transforms that a user would chain instead.
 OPTIMIZERS = {
     "adams": (
         lambda groups: so.adams(RATE, *ADAM, groups=groups, weight_decay=0.1),
@@ -162,7 +162,7 @@ OPTIMIZERS = {
 
 
 def works(name, case):
-    """Optimizers that keep a radius want groups."""
+    """Whether an optimizer accepts a case: those that keep a radius need groups."""
     return case != "no group" or name in (
         "adams",
         "adamsw",
@@ -187,7 +187,7 @@ PAIRS = [(n, c) for n in OPTIMIZERS for c in LAYOUTS if works(n, c)]
     [pytest.param(n, c, marks=[pytest.mark.slow] * (c not in QUICK)) for n, c in PAIRS],
 )
 def test_an_optimizer_is_its_chain_and_that_is_optaxs(name, case, x64):
-    """Results are those of the transformations one after another, too."""
+    """An optimizer equals its chain, and the same transforms chained by Optax."""
     shapes, groups = CASES[case]
     params, grads = tree_of(shapes, 0), [tree_of(shapes, seed) for seed in range(1, 4)]
     make, parts = OPTIMIZERS[name]
@@ -197,7 +197,7 @@ def test_an_optimizer_is_its_chain_and_that_is_optaxs(name, case, x64):
 
 
 def without_checks(state):
-    """A state without those of what looks at `init` only, and of what is left out."""
+    """A chain's state without the empty states, such as those of checks at `init`."""
     return [each for each in state if each != optax.EmptyState()]
 
 
@@ -231,7 +231,7 @@ def test_a_chain_has_the_state_and_takes_the_memory_of_its_optimizer(name):
 
 
 def test_parts_apart_take_more_memory():
-    """What is joined saves; the test above would not notice if nothing was."""
+    """Fusing saves memory; the test above would not notice if nothing was fused."""
     params = {"a": jnp.ones((512, 192)), "b": jnp.ones((512, 192))}
     parts = OPTIMIZERS["hyperball"][1](so.per_filter())
     memory = [
@@ -314,7 +314,7 @@ def test_a_chain_checks_what_it_is_given():
 
 
 def test_extra_arguments_reach_all_members_and_other():
-    """A scale by the value of the loss: a member, and the optimizer of the rest."""
+    """The loss value reaches a member of the chain, and `other`."""
 
     def by_value():
         def update(updates, state, params=None, *, value, **extra_args):
@@ -335,7 +335,10 @@ def test_extra_arguments_reach_all_members_and_other():
 
 
 def test_what_is_nearly_radial():
-    """The length of a tangent part is a small difference then; what is rounding turns nothing."""
+    """A nearly radial direction rotates by the right angle; a radial one does not rotate.
+
+    The tangent part of a radial direction is only rounding error.
+    """
     x = np.random.default_rng(0).normal(size=64)
     across = np.random.default_rng(1).normal(size=64)
     across -= across @ x / (x @ x) * x

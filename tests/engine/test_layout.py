@@ -1,4 +1,4 @@
-"""Trees of an update: paired by path, whatever kind of dictionary they are, and checked."""
+"""The trees of an update are paired by path, for every kind of dictionary, and checked."""
 
 import collections
 
@@ -37,7 +37,7 @@ def in_other_order(tree):
     ids=["ordered", "frozen", "nnx"],
 )
 def test_leaves_are_paired_by_path(other):
-    """Also where they come in another order, which the result has again."""
+    """Leaves may come in another order; the result keeps the order of the updates."""
     grads, radius = other(GRADS), {"a": 3.0, "b": {"c": 4.0 + jnp.zeros(2), "d": None}}
     for params, updates in ((PARAMS, grads), (other(PARAMS), GRADS)):
         layout = Layout.read("f", GROUPS, params, updates, (radius, per_group))
@@ -74,7 +74,7 @@ def test_a_missing_gradient_is_none_but_a_missing_parameter_has_no_gradient():
 
 
 def test_state_of_another_transformation_is_refused():
-    """Its fields may have the same names: AdamS and AdamSRT."""
+    """The state of another transformation is refused, even if its fields have the same names."""
     params = jnp.ones((3, 2))
     makers = {
         "scale_by_adams": lambda: so.scale_by_adams(groups=True),
@@ -93,14 +93,14 @@ def test_state_of_another_transformation_is_refused():
     state = optax.scale_by_adam().init(params)
     for name, make in makers.items():
         message = f"^{name}: expected a state of type {type(make().init(params)).__name__}, found "
-        with pytest.raises(TypeError, match=message + "one of type ScaleByAdamState: it was made"):
+        with pytest.raises(TypeError, match=message + "one of type ScaleByAdamState, made by"):
             make().update(params, state, params)
 
 
 @pytest.mark.filterwarnings("ignore:.*expected groups of length above 0")
 @pytest.mark.parametrize("make", [so.scale_by_adamsrt, so.retract, so.record_sphere])
 def test_state_keeps_its_type_on_its_ways(make):
-    """Through tree maps, dictionaries of a checkpoint, and abstract evaluation."""
+    """A state keeps its type through tree maps, checkpoints and abstract evaluation."""
     tx, params = optax.masked(make(groups=GROUPS), {"a": False, "b": True}), PARAMS
     state = tx.init(params)
     stored = flax.serialization.to_state_dict(state)

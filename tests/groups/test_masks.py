@@ -1,4 +1,4 @@
-"""Masks of decay, and learning rates of leaves in and out of groups: one way for all."""
+"""Masks of weight decay, and learning rates of leaves with and without groups."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_other_leaves_have_a_learning_rate_of_their_own(name):
 
 @pytest.mark.parametrize("name", DECAYED)
 def test_a_masked_leaf_does_not_decay(name):
-    """Without gradients decay is all that moves a leaf; in rotational groups it moves nothing."""
+    """Without gradients, only weight decay moves leaves; it never moves rotational groups."""
     params = params_of()
     zeros = jax.tree.map(jnp.zeros_like, params)
     for decays in ({"a": True, "b": True, "c": False}, {"a": False, "b": True, "c": False}):
@@ -61,7 +61,7 @@ def test_a_masked_leaf_does_not_decay(name):
 
 
 def test_decay_of_one_leaf_of_a_joint_group():
-    """AdamP's decay is inside the projection: it is per leaf there too."""
+    """AdamP's weight decay follows the mask leaf by leaf within a joint group."""
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     zeros, mask = jax.tree.map(jnp.zeros_like, params), {"kernel": True, "bias": False}
     tx = so.project_if_tangent(
@@ -100,7 +100,7 @@ def test_masks_are_those_of_optax(form):
             r"expected mask to be a pytree prefix of the parameters, found \['d'\], which no",
         ),
         ({"a": 1.0, "b": True, "c": True}, TypeError, "True or False in mask for a, found 1.0 of"),
-        (False, ValueError, r"a function, found False for all.*for none set weight_decay=0; under"),
+        (False, ValueError, r"a function, found False for all.*none, set weight_decay=0\. Under"),
     ],
     ids=["missing", "unknown", "no boolean", "one for all"],
 )
@@ -112,10 +112,10 @@ def test_a_mask_that_does_not_fit(name, mask, error, message):
 
 @pytest.mark.parametrize("name", ["adamsw", "adamp"])
 def test_a_mask_that_was_called_with_a_step(name):
-    """What `inject_hyperparams` makes of a function, which then asks a scalar for its shape."""
+    """The error says that `inject_hyperparams` calls a mask function with a step."""
     make = optax.inject_hyperparams(DECAYED[name], static_args=("groups",))
     tx = make(0.1, groups=GROUPS, weight_decay=0.1, mask=MASKS["function"])
-    with pytest.raises(ValueError, match=r"name mask in static_args, or it is called with a step"):
+    with pytest.raises(ValueError, match=r"in static_args\. Otherwise it is called with a step"):
         tx.init(params_of())
     make = optax.inject_hyperparams(DECAYED[name], static_args=("groups", "mask"))
     make(0.1, groups=GROUPS, weight_decay=0.1, mask=MASKS["function"]).init(params_of())

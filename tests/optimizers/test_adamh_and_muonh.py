@@ -1,4 +1,4 @@
-"""AdamH and MuonH against their formulas in NumPy, on trees of all kinds of leaves."""
+"""AdamH and MuonH against their formulas in NumPy, on trees with all kinds of leaves."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ RATE, OTHER, B1, B2, EPS, MOMENTUM = 0.1, 0.03, 0.8, 0.9, 1e-3, 0.7
 
 
 def on_sphere(x, directions, axes):
-    """Steps of a relative length, and back to the sphere; norms over all axes but those."""
+    """Takes steps of relative length RATE on the sphere; `axes` index the groups."""
     radius = length(x, axes)
     for w in directions:
         y = x - RATE * radius * w / length(w, axes)
@@ -80,7 +80,7 @@ def test_follows_its_formula(name, x64):
 
 
 NUMBERS = optax.contrib.MuonDimensionNumbers
-# Shape, groups, what is said of the matrices, and the axes (rows, columns) that are right.
+# Shape, groups, the dimension numbers that are given, and the right axes (rows, columns).
 MATRICES = {
     "convolution": ((3, 3, 2, 4), so.per_layer(), None, ((0, 1, 2), (3,))),
     "filters": ((3, 3, 2, 4), so.per_filter(), None, ((0, 1, 2), (3,))),
@@ -97,7 +97,7 @@ MATRICES = {
 
 
 def as_matrices(x, rows, columns):
-    """Transposed to (batch, rows, columns), and the way back."""
+    """The array as (batch, rows, columns), and a function that undoes this."""
     batch = [axis for axis in range(x.ndim) if axis not in (*rows, *columns)]
     order = (*batch, *rows, *columns)
     sizes = [math.prod(x.shape[axis] for axis in axes) for axes in (batch, rows, columns)]
@@ -127,7 +127,7 @@ def test_muonh_takes_any_axes_as_a_matrix(case, x64):
 
 @pytest.mark.parametrize("case", ["filters", "back", "stacked queries", "(out, in, h, w)"])
 def test_before_the_sphere_it_is_muon(case, x64):
-    """A small first step is that of `optax.contrib.muon`, of the given length, along the sphere."""
+    """A small first step is that of `optax.contrib.muon`, scaled and projected to the sphere."""
     shape, group, numbers, axes = MATRICES[case]
     params, grads = {"kernel": tree_of(shape, 0)}, {"kernel": tree_of(shape, 1)}
     tx = so.muonh(1e-9, groups={"kernel": group}, weight_dimension_numbers=numbers)
@@ -141,7 +141,7 @@ def test_before_the_sphere_it_is_muon(case, x64):
 
 
 def test_functions_and_trees_of_matrices():
-    """As `optax.contrib.muon` takes them; what is not named there has its default."""
+    """Dimension numbers may be a tree, part of a tree or a function, as in `optax.contrib.muon`."""
     params = {
         "q": {"kernel": jnp.ones((4, 2, 3)) + jnp.arange(3)},
         "up": jnp.eye(4),
@@ -203,7 +203,7 @@ def test_bad_numbers_are_named(name, argument):
 
 
 def test_plain_momentum_is_that_of_a_chain(x64):
-    """The port of marin's MuonH: a trace with Nesterov, and Muon without momentum."""
+    """Without bias correction, MuonH is marin's: a Nesterov trace, then Muon without momentum."""
     params = {"kernel": tree_of((4, 6), 0)}
     grads = [{"kernel": tree_of((4, 6), seed)} for seed in range(1, 5)]
     groups = so.groups_by_path({"kernel": so.per_layer()})
@@ -245,8 +245,8 @@ def test_an_angle_is_no_rate_for_leaves_without_a_group(make):
     params = {"kernel": jnp.ones((3, 4)), "norm": jnp.ones(3), "head": jnp.ones((4, 2))}
     groups = so.groups_by_path({"kernel": so.per_layer()})
     message = (
-        r"expected other, the optimizer of leaves without a group, \['head', 'norm'\], found None.*"
-        r"as in other=optax\.adamw\(1e-3\)"
+        r"expected other, an optimizer for the parameters without a group, \['head', 'norm'\], "
+        r"found None.*as in other=optax\.adamw\(1e-3\)"
     )
     with pytest.raises(ValueError, match=message):
         make(0.1, groups=groups).init(params)
@@ -256,7 +256,7 @@ def test_an_angle_is_no_rate_for_leaves_without_a_group(make):
 
 @pytest.mark.parametrize("name", ["adamh", "muonh"])
 def test_decay_goes_with_the_optimizer_of_the_rest(name):
-    message = rf"{name}: expected no weight_decay, found 0\.1: .*other=optax\.adamw\(learning_rate"
+    message = rf"{name}: expected no weight_decay, found 0\.1\. .*other=optax\.adamw\(learning_rate"
     with pytest.raises(TypeError, match=message):
         getattr(so, name)(0.1, groups=so.per_layer(), weight_decay=0.1)
     params = {"kernel": jnp.eye(3), "gain": jnp.ones(3), "bias": jnp.ones(3)}

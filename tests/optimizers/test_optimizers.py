@@ -1,4 +1,4 @@
-"""The optimizers against NumPy, against optax, and against the laws of the sphere."""
+"""The optimizers against NumPy, against Optax, and against the laws of the sphere."""
 
 import math
 
@@ -22,7 +22,7 @@ OPTIMIZERS |= {"adamsw": so.adamsw, "adamsrtw": so.adamsrtw}
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_float64_formula(name, x64):
-    """Random gradients, several groups; the reference transports exactly."""
+    """Updates agree with the float64 reference, which transports exactly."""
     rng = np.random.default_rng(0)
     x, grads = rng.normal(size=(7, 3)), rng.normal(size=(20, 7, 3))
     lr, decay = 0.02, 0.0 if name == "adamg" else 0.05
@@ -42,7 +42,7 @@ def test_float64_formula(name, x64):
 
 
 def test_a_decay_rate_scheduled_to_zero_stays_finite():
-    """Compiled, this schedule ends at -1e-8, which has no logarithm."""
+    """When compiled, this schedule ends at -1e-8, which has no logarithm."""
     schedule = optax.linear_schedule(0.9, 0.0, 20)
     assert jax.jit(schedule)(20) < 0
     x, tx = jnp.array([3.0, 4.0]), optax.inject_hyperparams(so.adams)
@@ -133,7 +133,7 @@ def test_optimizers_are_chains_of_the_public_transforms(x64):
 
 
 def network_loss(params, seed):
-    """A random loss of a two-layer network whose kernels only matter by direction."""
+    """A random loss of a two-layer network that depends only on the kernels' directions."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.normal(size=(16, 5)))
     for name in ("first", "second"):
@@ -156,8 +156,8 @@ def network(seed=0):
 
 KERNELS = so.groups_by_path({"kernel": so.per_filter()})
 DIRECTIONS = {
-    # The chain before the learning rate, and the power of c that the rate of a group must
-    # be scaled by when its weights are scaled by c: gradients have degree -1.
+    # The chain before the learning rate, and the power p: when a group's weights are scaled by
+    # c, its learning rate must be scaled by c^p. Gradients have degree -1.
     "adamsrt": (lambda: so.scale_by_adamsrt(eps=0.0, groups=KERNELS), 1),
     "sgdmrt": (lambda: so.transported_trace(0.9, groups=KERNELS), 2),
     "composed adamsrt": (
@@ -173,7 +173,7 @@ DIRECTIONS = {
 
 
 def train(tx, params, factors, power, steps, state=None):
-    """Steps with the learning rate of each kernel column times factor^power."""
+    """Trains with the learning rate of each kernel column multiplied by factor^power."""
     state = tx.init(params) if state is None else state
 
     @jax.jit
@@ -219,12 +219,12 @@ def test_scaling_initial_weights_leaves_the_directions(name, x64):
     assert_same_directions(path, other)
     start, end = network()["first"]["kernel"], path[-1]["first"]["kernel"]
     moved = geometry.angle(start, end, so.per_filter())
-    assert moved.max() > 0.05  # the law is about a trajectory that goes somewhere
+    assert moved.max() > 0.05  # the law would be trivial for weights that hardly move
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_scaling_weights_in_mid_training_leaves_the_directions(name, x64):
-    """What the rescaling is for: the moments follow when something moves the radius."""
+    """Scaling the weights does not change later directions, because the moments are rescaled."""
     make, power = DIRECTIONS[name]
     first, state = train(make(), network(), ONES, power, range(10))
     path, _ = train(make(), first[-1], ONES, power, range(10, 20), state)
@@ -233,7 +233,7 @@ def test_scaling_weights_in_mid_training_leaves_the_directions(name, x64):
 
 
 def test_without_transport_the_directions_change(x64):
-    """The law above can fail: AdamS keeps stale moments."""
+    """The law above can fail: AdamS does not rescale its moments."""
     tx = so.scale_by_adams(eps=0.0, groups=KERNELS)
     first, state = train(tx, network(), ONES, 1, range(10))
     path, _ = train(tx, first[-1], ONES, 1, range(10, 20), state)
@@ -275,7 +275,7 @@ def test_scan_stacked_layers_are_the_unstacked_ones(x64):
     stacked = fit(stacked_loss, kernels, so.RadialGroup(index_axes=(0, -1)))
     unstacked = fit(unstacked_loss, list(kernels), so.per_filter())
     np.testing.assert_allclose(stacked, jnp.stack(unstacked), rtol=1e-11)
-    wrong = fit(stacked_loss, kernels, so.per_filter())  # sums over the layers as well
+    wrong = fit(stacked_loss, kernels, so.per_filter())  # also sums over the layers
     assert np.abs(wrong - stacked).max() > 1e-3
 
 
@@ -293,7 +293,7 @@ def test_scan_stacked_layers_are_the_unstacked_ones(x64):
     ],
 )
 def test_adamg_reaches_its_sphere_from_afar(params_dtype, updates_dtype, length, turned):
-    """An update is a difference of weights: in few digits it cannot hold a large fraction."""
+    """AdamG reaches its sphere from any radius, though low precision limits each update."""
     x = np.random.default_rng(0).normal(size=(64, 128))
     x = jnp.asarray(length * x / np.linalg.norm(x), params_dtype)
     tx = so.adamg(0.1, groups=so.per_layer())
@@ -306,7 +306,7 @@ def test_adamg_reaches_its_sphere_from_afar(params_dtype, updates_dtype, length,
 
 
 def cifar_resnet18():
-    """The shapes of a CIFAR ResNet18: kernels, normalization scales and biases, head."""
+    """The shapes of the parameters of a CIFAR ResNet18."""
     shapes = {"stem": {"kernel": (3, 3, 3, 64), "scale": (64,), "bias": (64,)}}
     width = 64
     for stage, channels in enumerate((64, 128, 256, 512)):
@@ -356,7 +356,7 @@ def test_state_is_half_of_adams():
         (
             "adams",
             {"b2": jnp.asarray(0.999, "bfloat16")},
-            r"found 1\.0 in bfloat16; .* hyperparam_dtype",
+            r"found 1\.0 in bfloat16\. .*hyperparam_dtype",
         ),
     ],
 )
@@ -385,18 +385,18 @@ def test_state_of_other_groups_is_refused(name):
     params = {"a": {"kernel": jnp.ones((3, 4))}}
     state = OPTIMIZERS[name](0.1, groups=so.per_layer()).init(params)
     tx = OPTIMIZERS[name](0.1, groups=so.per_filter())
-    message = r"a/kernel of shape \(3, 4\): expected state of shape \(4,\), found \(\): it was made"
+    message = r"a/kernel of shape \(3, 4\): expected state of shape \(4,\), found \(\)\. The state"
     with pytest.raises(ValueError, match=message):
         tx.update(params, state, params)
     more = {**params, "b": jnp.ones(2)}
     with pytest.raises(
-        ValueError, match=r"expected state with the paths of the.* none for \['b'\]"
+        ValueError, match=r"expected state with the paths of the.* missing paths \['b'\]"
     ):
         tx.update(more, state, more)
 
 
 def test_decay_of_groups_acts_through_the_carried_momentum_only():
-    """As the docstrings say: without gradients, 1 - momentum times as strong."""
+    """Without gradients, L2 acts 1 - momentum times as strongly as with SGD, as documented."""
     x, decay, steps = jnp.array([3.0, 4.0]), 1e-3, 2000
     for tx, factor in (
         (so.sgdmrt(0.1, 0.9, groups=so.per_layer(), weight_decay=decay), 1.0),

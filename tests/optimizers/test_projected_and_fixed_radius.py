@@ -1,4 +1,4 @@
-"""AdamP, Hyperball and the rotational variants: their formulas and what they conserve."""
+"""AdamP, Hyperball and the rotational variants: their formulas and conserved quantities."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def normal(seed, shape, dtype=None):
 
 
 def test_a_moment_of_part_of_a_joint_group_is_projected(x64):
-    """The leaves' groups are laid out differently, and the momentum is of the second leaf."""
+    """A momentum that exists for one leaf only of a joint group is projected too."""
     params = {"a": normal(0, (2, 3, 4, 5)), "b": normal(1, (6, 4, 3))}
     groups = {
         "a": so.RadialGroup((0, 1, 2), joint="label"),
@@ -40,7 +40,7 @@ def test_a_moment_of_part_of_a_joint_group_is_projected(x64):
 
 
 def test_layers_stacked_by_scan_decide_each_for_itself(x64):
-    """One layer has tangent gradients and the other not; stacked, as apart."""
+    """Of two stacked layers, only the one with tangent gradients is projected, as if apart."""
     layers = [normal(0, (5, 3)), normal(1, (5, 3))]
     grads = [
         [geometry.project(normal(seed, (5, 3)), layers[0], FILTER), layers[1]] for seed in (2, 3)
@@ -67,7 +67,7 @@ def test_projection_and_decay_follow_the_cosine(tangent, x64):
 
 
 def test_whole_layer_where_single_filters_are_not_tangent(x64):
-    """Two filters with opposite radial gradients: only together orthogonal."""
+    """If only the layer's gradient as a whole is tangent, the layer is projected as a whole."""
     x = jnp.eye(6)[:, :2]
     g = jnp.stack([x[:, 0], -x[:, 1]], axis=1) + 0.01 * normal(0, (6, 2))
     p = normal(1, (6, 2))
@@ -77,7 +77,7 @@ def test_whole_layer_where_single_filters_are_not_tangent(x64):
 
 
 def test_named_moments_are_projected_with_the_update(x64):
-    """Of a joint group, the inner state may keep the moments of one leaf only."""
+    """Named moments are projected, also if the state has them for one joint leaf only."""
     groups = {name: so.per_layer(joint="fc") for name in ("kernel", "bias")}
     x = {"kernel": normal(0, (5, 3)), "bias": normal(1, (3,))}
     g = geometry.project({"kernel": normal(2, (5, 3)), "bias": normal(3, (3,))}, x, groups)
@@ -94,7 +94,7 @@ def test_leaves_of_a_joint_label_have_equally_many_layers():
     groups = {"kernel": so.RadialGroup((0, 2), joint="a"), "bias": so.RadialGroup(joint="a")}
     params = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones(8)}
     message = (
-        r"adamp: joint label 'a': expected as many layers on all its leaves, found "
+        r"adamp: joint label 'a': expected the same number of layers on all its leaves, found "
         r"{'bias': 1, 'kernel': 2}"
     )
     with pytest.raises(ValueError, match=message):
@@ -168,7 +168,7 @@ def test_the_radius_does_not_drift(dtype, tolerance):
 
 @pytest.mark.parametrize("center", [False, True])
 def test_rotational_formula(center, x64):
-    """The update of the paper's algorithm, one group a vector, in NumPy."""
+    """Updates agree with the paper's algorithm in NumPy, one vector per group."""
     x, grads = normal(0, (9, 2)), normal(1, (12, 9, 2))
     x = geometry.center(x, FILTER) if center else x
     tx = so.rotational(optax.trace(0.5), 0.05, groups=FILTER, decay=0.8, eps=1e-8, center=center)
@@ -201,7 +201,7 @@ def test_rotational_formula(center, x64):
     ids=["adamw", "sgdm", "lion"],
 )
 def test_average_angle(make, angle, x64):
-    """Groups turn by the predicted angle on average, and keep their radius."""
+    """Groups rotate by the predicted angle on average, and keep their radius."""
     x, grads = normal(0, (200, 3)), normal(1, (100, 200, 3))
     path = run(make(groups=FILTER, weight_decay=0.1), x, grads)
     turned = [geometry.angle(a, b, FILTER) for a, b in itertools.pairwise(path)]
@@ -212,7 +212,7 @@ def test_average_angle(make, angle, x64):
 
 
 def test_rotational_schedule_and_leaves_without_a_group(x64):
-    """The angle follows the schedule's root; other leaves follow AdamW."""
+    """The angle follows the square root of the schedule; AdamW trains the other leaves."""
     schedule = optax.linear_schedule(0.1, 0.0, 10)
     params = {"a": normal(0, (50, 3)), "b": normal(1, (4,))}
     grads = [{"a": normal(s, (50, 3)), "b": normal(s, (4,))} for s in range(6)]
@@ -222,12 +222,12 @@ def test_rotational_schedule_and_leaves_without_a_group(x64):
     for a, b in zip(path, adamw, strict=True):
         np.testing.assert_allclose(a["b"], b, rtol=1e-12)
     first = geometry.angle(path[0]["a"], path[1]["a"], FILTER)
-    # In one step from 0 the running mean is this update's norm: the angle is exact.
+    # At the first step the running mean is the norm of this update, so the angle is exact.
     np.testing.assert_allclose(jnp.tan(first), math.sqrt(2 * 0.01 * 0.1 / 1.9), rtol=1e-6)
 
 
 def test_rotational_sgdm_decays_other_leaves_before_the_momentum(x64):
-    """The angle is the equilibrium of coupled decay, so that is what other leaves get."""
+    """Other leaves get coupled decay, because the angle is the equilibrium of coupled decay."""
     x, grads = normal(0, (5,)), normal(1, (30, 5))
     params = {"a": normal(2, (4, 2)), "b": x}
     tx = so.rotational_sgdm(0.1, 0.8, groups={"a": FILTER, "b": None}, weight_decay=0.05)
@@ -249,7 +249,7 @@ ROTATIONAL = {
 @pytest.mark.parametrize("injected", [False, True])
 @pytest.mark.parametrize("name", ROTATIONAL)
 def test_a_schedule_that_ends_at_zero_stays_finite(name, injected):
-    """Compiled, this one ends at -3e-10, which has no root."""
+    """When compiled, this schedule ends at -3e-10, which has no square root."""
     schedule = optax.linear_schedule(0.02, 0.0, 20)
     assert jax.jit(schedule)(20) < 0
     make = optax.inject_hyperparams(ROTATIONAL[name]) if injected else ROTATIONAL[name]
@@ -263,7 +263,7 @@ def test_a_schedule_that_ends_at_zero_stays_finite(name, injected):
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_center_params_keeps_lengths(offset, dtype):
-    """Also where the mean is far longer than what is left."""
+    """Centering keeps lengths, even if the mean is far longer than the centered weights."""
     groups = {"kernel": FILTER, "fc": so.per_layer(joint="fc"), "bias": None}
     params = {
         "kernel": normal(0, (20, 3)) + offset,
@@ -317,7 +317,7 @@ def test_rotational_asks_for_centred_weights():
         so.rotational(optax.trace(0.9), 0.1, groups=groups, other=optax.sgd(0.1), center=True),
         so.rotational_lion(0.1, groups=groups, center=True),
     ):
-        message = r"rotational\w*: kernel: expected centred groups.* found 4 of 4 .*center_params"
+        message = r"rotational\w*: kernel: expected groups with mean 0.* 4 of 4 .*center_params"
         with pytest.raises(ValueError, match=message):
             tx.init(params)
         jax.jit(tx.init)(params)
@@ -330,7 +330,7 @@ def test_rotational_asks_for_centred_weights():
 
 
 def radially_invariant_grads(x):
-    """Of a smooth random loss of the direction."""
+    """The gradient of a smooth random loss of the direction."""
     matrix, vector = normal(7, (10, 10)), normal(8, (10,))
 
     def loss(x):
@@ -353,7 +353,7 @@ def directions(tx, steps):
 
 
 def test_adamg_star_traces_the_directions_of_sgd_with_l2(x64):
-    """The same time at ever smaller learning rates: the error falls as their power."""
+    """For the same training time, the difference falls as a power of the learning rate."""
     errors = []
     for rate in (0.04, 0.02, 0.01):
         steps = int(8 / rate)
@@ -400,7 +400,10 @@ def test_transported_moments_of_any_optimizer_are_tangent(name, x64):
 
 @pytest.mark.parametrize("name", AROUND)
 def test_rescaled_initial_weights_trace_the_same_directions(name, x64):
-    """With the learning rate scaled by the degree of the update in the radius, plus one."""
+    """Weights scaled by c trace the same directions at a learning rate scaled by a power of c.
+
+    The power is 1 minus the degree of the update in the radius.
+    """
     make, names = AROUND[name]
     power = 2 if name == "nesterov" else 1
     tx = so.transport_moments(make(), LAYER, **names)
@@ -456,7 +459,7 @@ def test_numbers_out_of_range(make, message):
     ids=["hyperball", "rotational"],
 )
 def test_no_leaf_with_a_group(tx):
-    message = r"a group for at least one leaf, found none among \['a', 'b'\]"
+    message = r"a group for at least one parameter, found none among \['a', 'b'\]"
     with pytest.raises(ValueError, match=message):
         tx.init({"a": jnp.ones((2, 2)), "b": jnp.ones(2)})
 
@@ -480,7 +483,7 @@ FIXED = {
 
 
 def finish(init, params):
-    """The state, after what its program calls on the host."""
+    """The state, after all host callbacks of `init` have run."""
     state = init(params)
     jax.effects_barrier()
     return state
@@ -488,23 +491,23 @@ def finish(init, params):
 
 @pytest.mark.parametrize("name", FIXED)
 def test_groups_without_a_direction_are_refused(name):
-    """At `init`, where their values are known; a group of one entry in any case."""
+    """`init` refuses groups of norm 0 if it knows their values, and groups of one entry always."""
     tx = FIXED[name](so.groups_by_path({"kernel": FILTER, "fc": so.per_layer(joint="fc")}))
     kernel, fc = normal(0, (3, 4)), {"w": normal(1, (3, 2)), "b": jnp.zeros(2)}
     tx.init({"kernel": kernel, "fc": fc})
 
     zero = {"kernel": kernel.at[:, 1:3].set(0), "fc": fc}
-    message = rf"{name}: kernel: expected groups of norm above 0, found 2 of 4 of norm 0; init"
+    message = rf"{name}: kernel: expected groups of norm above 0, found 2 of 4 of norm 0\. Init"
     with pytest.raises(ValueError, match=message):
         tx.init(zero)
-    with pytest.raises(ValueError, match=r"fc/b, fc/w: expected .* found 1 of 1 of norm 0;"):
+    with pytest.raises(ValueError, match=r"fc/b, fc/w: expected .* found 1 of 1 of norm 0\."):
         tx.init({"kernel": kernel, "fc": jax.tree.map(jnp.zeros_like, fc)})
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), zero)
     for init, given in ((jax.jit(tx.init), zero), (jax.vmap(tx.init), twice)):
-        with pytest.warns(UserWarning, match=r"found 0 in kernel \(2 of 4\): .* never move"):
+        with pytest.warns(UserWarning, match=r"found 0 in kernel \(2 of 4\)\. .* never move"):
             finish(init, given)
 
-    message = rf"{name}: kernel: expected groups of at least 2 entries, found 1:"
+    message = rf"{name}: kernel: expected groups of at least 2 entries, found 1\."
     for init in (tx.init, jax.jit(tx.init)):
         with pytest.raises(ValueError, match=message):
             init({"kernel": kernel[:1], "fc": fc})

@@ -1,6 +1,6 @@
-"""The examples in the README and the guides run in order, and print what they say.
+"""The programs in the README and the guides run in order, and print the output shown.
 
-And the oldest versions that are tested are those that pyproject.toml states.
+The oldest versions that are tested are also checked: they are those of pyproject.toml.
 """
 
 import ast
@@ -22,19 +22,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def blocks(name):
-    """The programs of a document, each with the text block that follows it, if any."""
+    """The programs of a document, each with the text block right after it, or `None`."""
     found = re.findall(r"```(\w+)\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
     for (language, text), (after, output) in itertools.pairwise([*found, ("", "")]):
         if language == "python":
             yield text, output if after == "text" else None
 
 
-SHOWN = {  # how many programs a document has, and the numbers of those whose output it shows
+SHOWN = {  # the number of programs in a document, and the indices of those with output shown
     "README.md": (1, {0}),
     "docs/built.md": (3, {1, 2}),
     "docs/coming_from_adam.md": (1, {0}),
     "docs/decay.md": (1, {}),
-    "docs/fine_tuning.md": (4, {1, 2, 3}),
+    "docs/fine_tuning.md": (5, {1, 2, 3, 4}),
     "docs/frameworks.md": (6, {1}),
     "docs/groups.md": (3, {0}),
     "docs/index.md": (1, {0}),
@@ -43,10 +43,10 @@ SHOWN = {  # how many programs a document has, and the numbers of those whose ou
     "docs/scaling.md": (6, {0, 1, 4, 5}),
     "docs/theory.md": (4, {0, 1, 2, 3}),
     "docs/watch.md": (2, {0, 1}),
-    "docs/which.md": (1, {}),
+    "docs/which.md": (2, {1}),
     "docs/weights.md": (5, {0, 1, 2, 3, 4}),
 }
-NEEDS = {"docs/frameworks.md": ("haiku", "keras")}  # in the environment of `make docs`
+NEEDS = {"docs/frameworks.md": ("haiku", "keras")}  # installed by `make docs`
 
 
 def test_all_documents_with_programs_are_known():
@@ -54,7 +54,7 @@ def test_all_documents_with_programs_are_known():
     assert {name for name in found if list(blocks(name))} == set(SHOWN)
 
 
-@pytest.mark.slow  # and in `make docs`
+@pytest.mark.slow  # also run by `make docs`
 @pytest.mark.parametrize("name", SHOWN)
 def test_examples_run(name, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
@@ -73,7 +73,7 @@ def test_examples_run(name, monkeypatch):
 
 
 def names_from_before(program):
-    """Names that a program uses and does not define."""
+    """The names that a program uses but does not define."""
     known, used = set(dir(builtins)), set()
     for node in ast.walk(ast.parse(program)):
         match node:
@@ -105,13 +105,13 @@ def test_every_program_is_listed_and_explains_itself():
         name = {"examples/paper/__main__.py": "python -m examples.paper"}.get(called, called)
         assert name in listed, name
         text = re.sub(r",?\s+\)", ")", path.read_text())
-        # device.py runs where there is no tyro.
+        # device.py runs without tyro.
         assert "tyro.cli(" in text or called == "benchmarks/device.py", name
-        assert "description=__doc__)" in text, name  # --help says what the file says
+        assert "description=__doc__)" in text, name  # --help shows the docstring
 
 
 def table_codes(name):
-    """The code in a document's tables: what stands between backticks, cell by cell."""
+    """The text between backticks in a document's tables."""
     rows = [line for line in (ROOT / name).read_text().splitlines() if line.startswith("|")]
     cells = re.findall(r"`([^`]*)`", "\n".join(rows))
     return [cell.replace(r"\|", "|") for cell in cells]
@@ -126,7 +126,7 @@ BLOCK = {
 
 @pytest.mark.parametrize(("name", "count"), [("docs/groups.md", 4)])
 def test_rules_in_tables_make_groups_of_one_module_each(name, count):
-    """On a model of two blocks, each rule alone."""
+    """Each rule alone makes one group unit per module, on a model of two blocks."""
     rules = [code for code in table_codes(name) if code.startswith('r"')]
     assert len(rules) == count
     params, layers = {"block0": BLOCK, "block1": BLOCK}, list(BLOCK)

@@ -1,4 +1,4 @@
-"""Nothing that is loaded from disk can run code: no program of the project unpickles."""
+"""No program of the project unpickles files, so files cannot run code."""
 
 import ast
 
@@ -12,7 +12,7 @@ SAFE = {"allow_pickle": False, "weights_only": True}
 
 
 def unsafe_loads(source):
-    """The lines that unpickle, or that would if the file held a pickle."""
+    """The lines that unpickle, or would unpickle if the file contained a pickle."""
     tree, modules = ast.parse(source), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def test_the_scan_allows():
     assert not list(unsafe_loads(safe))
 
 
-# A restricted unpickler, which calls nothing that a file names, and its tests with hostile files.
+# The restricted unpickler, which never calls functions named in a file, and its tests.
 UNPICKLING = ("examples/paper/unpickle.py", "tests/programs/test_paper.py")
 
 

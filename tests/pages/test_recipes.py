@@ -40,7 +40,7 @@ BLOCKS |= {"embed/embedding": (0,), "block/o/kernel": (2,)} | NEURONS
 
 @pytest.fixture(scope="module")
 def recipes():
-    """What the document's programs define."""
+    """The names that the document's programs define."""
     namespace = {}
     for program in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL):
         with contextlib.redirect_stdout(io.StringIO()):
@@ -49,7 +49,7 @@ def recipes():
 
 
 def check(tx, expected, shapes, *, placed=None, rtol=1e-12, steps=STEPS):
-    """Holds a trajectory to a function of each leaf's path, start and gradients."""
+    """Compares a trajectory's end with `expected`, called with path, initial leaf and gradients."""
     params = tree_of(shapes, 0)
     params = params if placed is None else so.place_on_sphere(params, *placed)
     grads = [tree_of(shapes, seed) for seed in range(1, steps + 1)]
@@ -91,7 +91,7 @@ def test_normalize_and_project(recipes, x64, every):
 
 
 def critic(params, x):
-    """A residual network on the sphere, as SimbaV2's: kernels (in, out), steps of learned size."""
+    """A residual network on the sphere, as in SimbaV2, with kernels (in, out)."""
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     x = unit((x @ params["first"]["kernel"]) * params["first"]["scale"])
     for block in ("block1", "block2"):
@@ -102,7 +102,7 @@ def critic(params, x):
 
 
 def test_simba_v2(recipes, x64):
-    """An agent of an actor and two critics that `vmap` stacks, normalized by hand beside it."""
+    """The recipe agrees with normalization by hand, for an actor and two critics under `vmap`."""
     block = {"up": {"kernel": (5, 8)}, "down": {"kernel": (8, 5)}, "scale": (8,), "rate": (5,)}
     one = {"first": {"kernel": (4, 5), "scale": (5,)}, "block1": block, "block2": block}
     one["head"] = {"kernel": (5, 3)}
@@ -144,7 +144,7 @@ def test_simba_v2(recipes, x64):
 
 
 class Adam:
-    """Adam's direction, of gradients that depend on the step before."""
+    """Adam's direction, step by step, for gradients that depend on earlier steps."""
 
     def __init__(self, b1, b2):
         self.b1, self.b2, self.m, self.v, self.t = b1, b2, 0, 0, 0
@@ -225,12 +225,12 @@ def test_oblique_adam(recipes, x64, published):
         expected,
         recipes["SHAPES"],
         placed=(recipes["NEURONS"], 1.0),
-        rtol=1e-7 if published else 1e-12,  # they add eps to different things
+        rtol=1e-7 if published else 1e-12,  # the published code adds eps elsewhere
     )
 
 
 def riemannian(x, grads):
-    """Of one vector of length 1, with the parallel transport along the arc of each step."""
+    """Riemannian Adam of one unit vector, with parallel transport along the arc of each step."""
     m, v = np.zeros_like(x), 0.0
     for t, g in enumerate(grads, start=1):
         g = g - (g @ x) * x
@@ -285,7 +285,7 @@ def test_ademamix_with_transport(recipes, x64):
 
 
 def by_group(grads, axes, b1, b2, eps=1e-8):
-    """The direction with one second moment per group, the mean square's root."""
+    """Adam's direction with one second moment per group: the mean of the squared gradient."""
     m, v = 0, 0
     for t, g in enumerate(grads, start=1):
         size = g.size / inner(g, g, axes).size
@@ -354,7 +354,7 @@ def test_hyperball_with_decay(recipes, x64):
 
 
 def test_rotational_with_angles(recipes, x64):
-    # Optax computes schedules in float32; these are checked to that, and the rest to 1e-12.
+    # Optax computes schedules in float32, so they are checked to 1e-6, and the updates to 1e-12.
     schedules = [optax.warmup_cosine_decay_schedule(0.0, peak, 2, 20) for peak in (0.03, 3e-3)]
     counts = [jnp.int32(t) for t in range(STEPS)]
     angles, rates = ([float(jax.jit(each)(t)) for t in counts] for each in schedules)
@@ -404,7 +404,7 @@ def test_brake(recipes, x64):
 
 
 def polar_factor(x):
-    """The nearest matrix with orthonormal columns, or rows: x (x'x)^(-1/2)."""
+    """The nearest matrix with orthonormal columns or rows, x (x'x)^(-1/2)."""
     if x.shape[0] < x.shape[1]:
         return polar_factor(x.T).T
     values, vectors = np.linalg.eigh(x.T @ x)

@@ -1,4 +1,4 @@
-"""What a release is made of agrees: version, changelog, citation, tag, dependencies."""
+"""The parts of a release agree: version, changelog, citation, tag, dependencies."""
 
 import ast
 import re

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import html.parser
 import http.server
+import json
 import os
 import pathlib
 import re
@@ -22,17 +23,20 @@ pytestmark = pytest.mark.skipif(not PAGES, reason="make docs builds the site")
 
 
 class Page(html.parser.HTMLParser):
-    """Links, what is fetched, places to link to, images and formulas."""
+    """Collects links, fetched files, anchors, images, formulas and glossary links of a page."""
 
     def __init__(self, path: pathlib.Path) -> None:
         super().__init__()
         self.links, self.fetched, self.ids, self.images, self.formulas = [], [], set(), [], 0
+        self.terms = []
         self.feed(path.read_text())
 
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         if tag == "a" and found.get("href"):
             self.links.append(found["href"])
+            if found.get("class") == "term":
+                self.terms.append(found["href"].partition("#")[2])
         if tag in ("script", "img", "iframe") and found.get("src"):
             self.fetched.append(found["src"])
         if tag == "link" and "stylesheet" in found.get("rel", ""):
@@ -49,7 +53,7 @@ def page(path):
 
 
 def target(source, link):
-    """The file and the anchor of a link, `None` for one to elsewhere."""
+    """The file and the anchor of a link, `None` for a link to another site."""
     parts = urllib.parse.urlsplit(link)
     if parts.scheme or parts.netloc:
         return None
@@ -83,9 +87,41 @@ def test_formulas_are_rendered():
     for path in (ROOT / "docs").glob("*.md"):
         built = SITE / path.stem / "index.html" if path.stem != "index" else SITE / "index.html"
         assert page(built).formulas == path.read_text().count("$$") // 2, path.name
-        text = re.sub(r"<(code|pre).*?</\1>", "", built.read_text(), flags=re.DOTALL)
-        assert "$$" not in text, path.name
+        text = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$", "", path.read_text(), flags=re.DOTALL)
+        assert "$" not in text, path.name
     assert page(SITE / "theory" / "index.html").formulas > 0
+
+
+def test_words_of_the_glossary_are_links_where_they_first_occur():
+    entries = set(re.findall(r"^## (.+)$", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE))
+    entries = {entry.lower().replace(" ", "-") for entry in entries}
+    terms = {name: page(SITE / name).terms for name in PAGES}
+    assert entries == {term for found in terms.values() for term in found}
+    assert [name for name, found in terms.items() if len(found) > len(set(found))] == []
+    assert {"group", "radius", "angle"} <= set(terms["which/index.html"])
+    assert terms["glossary/index.html"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("LoRA", "fine_tuning/"),
+        ("pretrained", "fine_tuning/"),
+        ("fine-tuning", "fine_tuning/"),
+        ("freeze", "fine_tuning/"),
+        ("bf16", "precision/"),
+        ("warmup", "coming_from_adam/"),
+        ("learning rate", "coming_from_adam/"),
+        ("QK norm", "groups/"),
+        ("checkpoint", "fine_tuning/"),
+    ],
+)
+def test_search_knows_the_words_of_users(words, name):
+    index = json.loads((SITE / "search/search_index.json").read_text())["docs"]
+    found = " ".join(f"{x['title']} {x['text']}" for x in index if x["location"].startswith(name))
+    tokens = re.split(r"[\s\-]+", re.sub(r"<[^>]+>", "", found.lower()))
+    for word in re.split(r"[\s\-]+", words.lower()):
+        assert any(token.strip("\"'(`").startswith(word) for token in tokens), word
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -129,7 +165,7 @@ BROWSER = next(
     "name", ["", "theory/", "which/", "tutorials/transformer/", "reference/groups/"]
 )
 def test_no_error_in_a_browser(name, tmp_path):
-    """Without a network but the site itself."""
+    """A browser reports no errors on a page, with access to the site itself only."""
     with served() as address:
         done = subprocess.run(
             [

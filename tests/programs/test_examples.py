@@ -1,4 +1,4 @@
-"""The examples' programs, in short runs and with bad options."""
+"""The example programs, in short runs and with bad options."""
 
 import contextlib
 import importlib
@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(*options, program="digits.py", flags=QUICK):
-    """Runs a program; those with more arithmetic than compilation without quick compilation."""
+    """Runs a program; pass other `flags` if it computes longer than it compiles."""
     command = [sys.executable, str(EXAMPLES / program), *options]
     environment = os.environ | CACHED | {"XLA_FLAGS": flags}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -91,7 +91,7 @@ def test_ablation(tmp_path):
             differences = values - np.array(baseline[key]["per_seed"])
             mean, std = scale * values.mean(), scale * values.std(ddof=1)
             change = scale * differences.mean()
-            # Student's t of one degree of freedom is Cauchy's.
+            # Student's t with one degree of freedom is the Cauchy distribution.
             half = scale * differences.std(ddof=1) / 2**0.5 * math.tan(0.475 * math.pi)
             low, high = change - half, change + half
             assert f"{mean:.{digits}f} ± {std:.{digits}f}" in table[name]
@@ -124,7 +124,7 @@ def test_effective_learning_rate(tmp_path):
     for name, row in report["optimizers"].items():
         without, decayed = row["runs"]
         for each in (without, decayed):
-            # The theorem is exact; angles of 1e-3 lose three of float64's sixteen digits.
+            # The theorem is exact, but angles of 1e-3 lose three of float64's sixteen digits.
             assert each["largest_relative_deviation"] < 1e-11, name
             assert re.search(rf"^{name} +{each['decay']:g} ", result.stdout, re.MULTILINE)
             assert f"{each['largest_relative_deviation']:.1e}" in result.stdout
@@ -162,7 +162,7 @@ def test_two_processes_are_equal_to_one(tmp_path):
     assert float(result.stdout.split("between 1 and 2: ")[1]) < 1e-12
 
 
-WRITTEN = {  # what each program writes to --out
+WRITTEN = {  # the files that each program writes to --out
     "examples/ablation.py": ["results.json"],
     "examples/decay_removed.py": ["runs.jsonl", "results.json", "curves.png"],
     "examples/digits.py": ["results.json", "curves.png"],
@@ -200,7 +200,7 @@ def test_all_programs_that_write_are_known():
 
 @contextlib.contextmanager
 def within(seconds):
-    """Interrupts what takes longer."""
+    """Interrupts the code inside if it takes longer."""
 
     def interrupt(*_):
         raise TimeoutError(f"took more than {seconds} seconds")
@@ -216,7 +216,7 @@ def within(seconds):
 
 @pytest.fixture
 def program(request, monkeypatch):
-    """The program as a module, called by its name."""
+    """The program as a module, with its path as `sys.argv[0]`."""
     path = ROOT / request.param
     for folder in ("examples", "benchmarks"):
         monkeypatch.syspath_prepend(ROOT / folder)
@@ -240,7 +240,7 @@ def test_out_that_cannot_be_written(program, names, tmp_path):
     file.write_text("kept")
     for out in (file, file / "below" / "it"):
         assert message(out) == f"{start}{file}: expected a directory, found a file"
-    for out in (pathlib.Path("/proc"), pathlib.Path("/proc/none")):  # not even root can
+    for out in (pathlib.Path("/proc"), pathlib.Path("/proc/none")):  # not writable, even by root
         assert message(out).startswith(f"{start}{out}: expected a place to write to, found ")
     assert file.read_text() == "kept"
 
@@ -320,7 +320,7 @@ def test_bad_option(program, options, message, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_running_statistics(tmp_path):
-    """Statistics that lag cost accuracy; taken anew, they are as good as those of the batch."""
+    """Lagging statistics cost accuracy; recomputed ones are as good as those of the batch."""
     options = ["--steps", "40", "--seeds", "2", "--out", str(tmp_path)]
     assert run(*options, program="running_statistics.py").returncode == 0
     report = json.loads((tmp_path / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""The experiments on images: kept runs, what is made of their losses, and short real runs."""
+"""The experiments on images: kept runs, statistics of their losses, and short real runs."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def test_divergence_counts_as_a_guess(load):
         assert finite_loss(loss) == math.log(10)
 
 
-# Learning rate and decay, or an angle.
+# decay_removed.py
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
@@ -88,7 +88,7 @@ def test_differences_have_the_sign_and_the_interval_of_their_seeds(load):
         assert decay_removed.verdict(found["hyperball"]["difference"]) == words
         assert found["adamw"] == same["adamw"]
 
-    # Where all seeds agree there is nothing to resample.
+    # If all seeds agree, resampling changes nothing.
     constant = {name: np.repeat(each[:, :1], 20, axis=1) for name, each in search.items()}
     row = decay_removed.summarize(constant, constant)["adamw"]
     np.testing.assert_allclose(row["low"], row["loss"])
@@ -99,7 +99,7 @@ def test_differences_have_the_sign_and_the_interval_of_their_seeds(load):
 
 @pytest.fixture
 def short(load, monkeypatch):
-    """Two rates and two decays."""
+    """decay_removed.py with two learning rates and two weight decays."""
     module = load("decay_removed")
     monkeypatch.setattr(module, "RATES", (0.01, 0.1))
     monkeypatch.setattr(module, "DECAYS", (0.0, 1.0))
@@ -131,7 +131,7 @@ def test_decay_removed_on_digits(short, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_decay_removed_on_images(short, tmp_path, monkeypatch):
-    """With the network of the digits, which is faster than the ResNet."""
+    """decay_removed.py runs on images; the digits' network replaces the slower ResNet."""
     network = lambda name, seed, **_: short.Network(short.nnx.Rngs(seed))  # noqa: E731
     monkeypatch.setattr(short, "make_model", network)
     write_mnist(tmp_path / "data", 2200, 40)
@@ -155,12 +155,12 @@ def test_decay_removed_says_what_is_wrong(short, tmp_path):
         run(short, tmp_path, "--images", tmp_path / "few")
 
 
-# The power of the scale.
+# scale_law.py
 
 
 def test_lower_edge_lies_on_the_line_between_two_rates(load):
     scale_law = load("scale_law")
-    # log loss falls by 1 for each power of 2, down to 1 at 2^0, and rises behind.
+    # The log of the loss falls by 1 per power of 2 down to 0 at 2^0, and rises after 2^4.
     losses = {power: math.exp(max(-power, 0) + max(power - 4, 0)) for power in range(-6, 9, 2)}
     np.testing.assert_allclose(scale_law.lower_edge(losses), -math.log(1.1))
     assert scale_law.lower_edge(dict.fromkeys((2, 4, 6), 1.0)) == 2.0
@@ -202,7 +202,7 @@ def test_a_range_that_is_never_found_stops(load):
 
 @pytest.mark.slow
 def test_scale_law_on_digits(load, tmp_path, monkeypatch, capsys):
-    """SGD's power is 2 and Hyperball's 0 by the laws, already after few steps."""
+    """The fitted power is 2 for SGD and 0 for Hyperball, even after few steps."""
     scale_law = load("scale_law")
     monkeypatch.setattr(scale_law, "SCALES", (-1, 0, 2))
     options = ["--optimizer", "sgd", "hyperball", "--seeds", 2, "--epochs", 3]
@@ -220,7 +220,7 @@ def test_scale_law_on_digits(load, tmp_path, monkeypatch, capsys):
 
 
 def test_every_optimizer_of_the_scale_law_has_its_symmetry(load):
-    """A step at scale a and rate a^power turns the hidden layers as one at 1 does."""
+    """At scale a and rate a^power, a step rotates the hidden layers by the same angle as at 1."""
     import jax
     import jax.numpy as jnp
 
@@ -232,7 +232,7 @@ def test_every_optimizer_of_the_scale_law_has_its_symmetry(load):
     params, grads = (jax.tree.map(draw, shapes, is_leaf=is_shape) for _ in range(2))
     x = params["hidden1"]["kernel"]
     g = grads["hidden1"]["kernel"]
-    g -= x * jnp.sum(g * x, 0) / jnp.sum(x * x, 0)  # as an invariant layer's gradient is
+    g -= x * jnp.sum(g * x, 0) / jnp.sum(x * x, 0)  # tangent, as for an invariant layer
 
     def angles(name, scale, rate):
         tx = scale_law.make_optimizer(name, rate, 100)

@@ -1,4 +1,4 @@
-"""The example on a text: stopped and started again, over several devices, and with bad input."""
+"""language.py: stopped and resumed, over several devices, and with bad input."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ COMMON += ["--batch", "8", "--learning-rate", "0.05"]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Sentences of two kinds, long enough for the context in their last twentieth."""
+    """A random text whose held-out part, the last 5 %, is longer than the context."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     rng = np.random.default_rng(0)
     words = ["the ox ", "sleeps. ", "a bird ", "sings, ", "and ", "naïve "]
@@ -206,7 +206,7 @@ def test_without_a_text_it_says_how_to_get_one(language, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_configuration(language, text, tmp_path):
-    """Found before anything of it is used: a checkpoint is as another run describes itself."""
+    """A checkpoint of another configuration is refused before its arrays are used."""
     options = ["--text", text, "--out", tmp_path]
     config = tyro.cli(language.Config, args=[*COMMON, *map(str, options)])
     run = language.Run((jnp.zeros(2),), (), language.batches(np.arange(99), 8, 2, 0), [1.0])

@@ -59,7 +59,7 @@ def write_idx(path, array, name, *, compress=False):
 
 
 def write_mnist(path, train=40, test=20, *, compress=False, labels=None, side=28):
-    """Images that tell their label, so that something can be learned; returns them."""
+    """Writes images from which the label can be learned; returns images and labels."""
     path.mkdir(exist_ok=True)
     written = []
     for name, n in (("train", train), ("t10k", test)):
@@ -73,7 +73,7 @@ def write_mnist(path, train=40, test=20, *, compress=False, labels=None, side=28
 
 
 def python2_pickle(content):
-    """As Python 2 and its NumPy wrote CIFAR: protocol 2, strings of bytes."""
+    """Pickles content as Python 2 and its NumPy wrote CIFAR: protocol 2, with byte strings."""
 
     def string(value):
         return b"T" + struct.pack("<i", len(value)) + value
@@ -214,7 +214,7 @@ def test_class_folders(test, tmp_path):
 
 
 def message(number, content):
-    """A field of a protocol buffer: bytes."""
+    """A field of a protocol buffer that contains bytes."""
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
@@ -226,7 +226,7 @@ def varint(value):
 
 
 def example(image, label, *, packed=True):
-    """A tf.train.Example, by its definition."""
+    """A tf.train.Example, encoded by hand."""
     number = varint(label % 2**64)
     integers = message(1, number) if packed else varint(1 << 3) + number
     values = {
@@ -266,11 +266,11 @@ def test_array_record(packed, tmp_path):
     assert labels == [0, 0, 1, 0, 0, 1]
 
 
-# What is wrong with files.
+# Invalid files.
 
 
 def wrong(path, *texts):
-    """Reading raises one line with these texts."""
+    """Reading a data set raises an error in one line that contains the texts."""
 
     def read_all():
         dataset = readers.read(path)
@@ -285,7 +285,7 @@ def wrong(path, *texts):
 
 
 class Hostile:
-    """Runs a command where it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, file):
         self.file = file
@@ -457,7 +457,7 @@ def test_split_does_not_overlap(seed):
     assert train | validation == set(range(100))
     fewer = data.split(make_dataset(), seed, 0.05, 30, 20)
     assert [len(part) for part in fewer] == [30, 5, 20]
-    assert set(fewer.validation.indices) == validation  # the same, however many train
+    assert set(fewer.validation.indices) == validation  # does not depend on train_images
     same = data.split(make_dataset(), seed, 0.0, None, None)
     assert same.validation is same.test
     other = data.split(make_dataset(), seed + 1, 0.05, None, None)
@@ -675,7 +675,7 @@ def test_bfloat16_is_of_activations_only():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
 
 
-# ResNet18 once more, in NumPy from its description: PyTorch's padding, strides and pooling.
+# A second ResNet18, in NumPy from its description, with PyTorch's padding, strides and pooling.
 
 
 def numpy_conv(x, kernel, stride=1):
@@ -698,7 +698,7 @@ def numpy_max_pool(x):
 
 
 def numpy_resnet18(weights, x, large, *, train):
-    """Weights by path: of kernels, and scale, bias, mean and var of BatchNorm."""
+    """The output of a ResNet18; `weights` maps paths to kernels and BatchNorm's four vectors."""
 
     def norm(x, name):
         scale, bias, mean, var = (
@@ -839,7 +839,7 @@ def test_learning_rate_is_a_tenth_after_the_published_epochs():
     cell, _ = cell_of("--model", "resnet18", "--optimizer", "sgd", dataset=make_dataset(1000, 32))
     schedule = training.make_schedule(cell, 405 * 7)(0.1)
     for epoch, times in ((0, 1), (134, 1), (135, 0.1), (224, 0.1), (225, 0.01), (315, 0.001)):
-        # Optax lowers it after the boundary's step.
+        # Optax lowers the rate after the boundary's step.
         np.testing.assert_allclose(schedule(7 * epoch + 1), 0.1 * times, rtol=1e-5)
 
 
@@ -907,7 +907,7 @@ def mnist(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    """One block in place of nine: it compiles in a fraction of the time."""
+    """Makes ResNets of one block, which compile in a fraction of the time."""
     build = models.ResNet
 
     def make(layers, channels, classes, width, _, **more):
@@ -981,7 +981,7 @@ def test_sweep_shares_its_program_and_skips_what_is_finished(short, mnist, tmp_p
 
 @pytest.mark.parametrize("name", published.OPTIMIZERS)
 def test_optimizers_move_as_they_should(name):
-    """Decay and rate may be traced; fixed spheres stay; the others obey what decay says."""
+    """Hyperparameters may be traced, fixed radii stay, and weight decay moves the other weights."""
     rng = np.random.default_rng(0)
     params = {
         "conv": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)},
@@ -1027,7 +1027,7 @@ def test_optimizers_move_as_they_should(name):
         assert not np.allclose(little["conv"]["kernel"], much["conv"]["kernel"], rtol=1e-3)
     quiet, _ = move(0.5, jax.tree.map(jnp.zeros_like, params))
     decoupled = name in ("adamw", "rotational_adamw")
-    shrink = 0.05 if decoupled or name.startswith("sgd") else 0.1  # Adam makes any L2 a step
+    shrink = 0.05 if decoupled or name.startswith("sgd") else 0.1  # Adam makes full steps of L2
     np.testing.assert_allclose(quiet["linear"]["kernel"], -shrink * jnp.ones((4, 2)), rtol=1e-4)
 
 
@@ -1037,7 +1037,7 @@ def test_accuracy_over_images_and_over_batches():
     assert np.isclose(training.accuracy(iter(counts), "sound"), 9 / 15)
 
 
-# Several commands in one process, and the short network, as the tests here have it.
+# A program that runs several commands in one process, and the short network of these tests.
 COMMANDS = """
 import json, sys
 from examples.paper import __main__ as program, options
@@ -1089,7 +1089,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(short, mnist, tmp_path, c
     assert re.search(r"seed 3: test accuracy \d+\.\d\d % of epoch \d", out)
     expected = only_result(whole)
 
-    # Without the cache, of which it might leave half a file.
+    # Without the compilation cache, because a killed process might leave half a file.
     process = start([*arguments, "--out", killed], cache={})
     try:
         checkpoint = wait_for(killed, process, 3 * expected["best_epoch"] + 1)
@@ -1097,7 +1097,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(short, mnist, tmp_path, c
         process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
-    # The epoch that is selected is before the checkpoint: its weights are in it.
+    # The selected epoch is before the checkpoint, so the checkpoint contains its weights.
     assert 3 * expected["best_epoch"] < checkpoint < 36
     assert not list(killed.glob("*/result.json"))
     finished(start([*arguments, "--out", killed]))
@@ -1108,7 +1108,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(short, mnist, tmp_path, c
 
 
 def wait_for(folder, process, step):
-    """Until there is a whole checkpoint of this step or a later one; its step."""
+    """Waits for a complete checkpoint of this step or a later one; returns its step."""
     while process.poll() is None:
         steps = [int(p.name) for p in folder.glob("*/checkpoints/*") if p.name.isdigit()]
         if max(steps, default=0) >= step:
@@ -1119,7 +1119,7 @@ def wait_for(folder, process, step):
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one(tmp_path):
-    """An epoch of each network as it is, but narrow, on files like CIFAR's."""
+    """An epoch of each network, in a narrow form, has the same loss on eight devices as on one."""
     write_cifar_binary(tmp_path, 10, 8)
     tiny = ["--width", "2", "--epochs", "1", "--batch-size", "16", "--test-batch-size", "8"]
     tiny += ["--validation", "0.2", "--protocol", "sound", "--optimizer", "adamsrt", "--seeds", "0"]

@@ -1,4 +1,4 @@
-"""The study of networks that keep learning: its tasks, its verdicts, and short real runs."""
+"""plasticity.py: its tasks, its verdicts, and short real runs."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from flax import nnx
 
 @pytest.fixture
 def toy(load, monkeypatch):
-    """The program with three steps a task."""
+    """The program with three steps per task."""
     plasticity = load("plasticity")
     for name, setting in plasticity.SETTINGS.items():
         monkeypatch.setitem(plasticity.SETTINGS, name, setting._replace(steps=3))
@@ -47,7 +47,7 @@ def test_permuted_pixels_are_the_same_ones_for_training_and_test(load):
         order = [np.sort(each, axis=1) for each in flat]
         np.testing.assert_array_equal(order[0], order[1])
         assert (flat[1] != flat[2]).any()
-    # One order for all images: each new pixel is one of the old ones in all of them.
+    # All images have the same permutation: each new pixel is the same old pixel in all of them.
     old, new = (each.train[0].reshape(-1, 64) for each in (tasks.digits(), first))
     old_test, new_test = (each.test[0].reshape(-1, 64) for each in (tasks.digits(), first))
     for pixel in range(64):
@@ -88,7 +88,7 @@ def test_batches_pass_over_all_images(load):
     assert full.shape == (32, 1000)
 
 
-# What is made of the outcomes.
+# Statistics and verdicts.
 
 
 def cell(plasticity, outcomes, searched=0.5):
@@ -98,7 +98,7 @@ def cell(plasticity, outcomes, searched=0.5):
 
 def test_intervals_are_those_of_student(load):
     interval = load("plasticity").interval
-    # t with two degrees of freedom: 4.303, times the standard deviation over the root of 3.
+    # Student's t with two degrees of freedom, 4.303, times the standard deviation over sqrt(3).
     mean, low, high = interval(np.array([1.0, 2.0, 3.0]))
     assert (mean, round(low, 3), round(high, 3)) == (2.0, -0.484, 4.484)
     assert interval(np.array([1.5])) == (1.5, -math.inf, math.inf)
@@ -145,11 +145,11 @@ def test_hypotheses_ask_what_the_text_says(load):
         "sgd worse than adamw": False,
         "muon worse than muon_decay": True,
     }
-    # Against muon_decay, which the seeds that choose found better.
+    # The reference is muon_decay, which was better on the search seeds.
     assert found["H2"] == {"muonh": False, "adamh": False}
     cells["adamh, memory's angle"] = cell(plasticity, same)
     cells["muonh, memory's angle"] = cell(plasticity, better)
-    # More is better there, so that it is against adamw.
+    # In "permuted" larger values are better, so the reference is adamw.
     other = plasticity.verdicts("permuted", cells)
     assert other["H2"] == {"adamh": True, "muonh": False}
 
@@ -222,7 +222,7 @@ def test_bad_options_are_named(load, tmp_path):
 
 
 def test_shrinking_is_between_tasks(toy):
-    """Weights after the second task began at a part of the first task's, and of new ones."""
+    """Shrink-and-perturb changes the weights between tasks, so it affects the second task only."""
     setting, contender = toy.SETTINGS["memory"], toy.CONTENDERS["shrink_perturb"]
     learned = toy.make_run(setting, contender)
     kept, shrunk = (learned(toy.Choice(1e-3, s), 0, 2) for s in (1.0, 0.1))

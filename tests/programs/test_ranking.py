@@ -1,4 +1,4 @@
-"""The search behind the language model's table, on losses whose best setting is known."""
+"""ranking.py: its search finds the best setting of known losses."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import tyro
 
 @pytest.fixture
 def ranking(load, monkeypatch, tmp_path):
-    """With losses in place of training; above a rate they diverge."""
+    """ranking.py with given losses in place of training; they diverge at large rates."""
     module = load("ranking")
     module.calls = []
 
@@ -52,7 +52,7 @@ def test_one_seed_chooses_and_others_are_reported(ranking, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line.startswith(("adamw", "muonh"))]
     assert [row[0] for row in rows] == ["muonh", "adamw"]  # the best first
-    # t with two degrees of freedom, 4.303, times 0.1 over the root of 3.
+    # Student's t with two degrees of freedom, 4.303, times 0.1 over sqrt(3).
     assert rows[0][3:7] == ["1.1000", "(0.8516", "to", "1.3484)"]
     assert rows[0][7:11] == ["-0.9000", "(-0.9000", "to", "-0.9000)"]
     calls = len(ranking.calls)

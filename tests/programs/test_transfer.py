@@ -1,4 +1,4 @@
-"""The search for the best learning rate, on losses whose best rate is known."""
+"""transfer.py: its search finds the best learning rate of known losses."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import tyro
 
 @pytest.fixture
 def transfer(load, monkeypatch, tmp_path):
-    """With losses in place of training: parabolas of the rate's power of 2, diverging far above."""
+    """transfer.py with given losses: parabolas of log2(rate) that diverge at large rates."""
     module = load("transfer")
     module.calls = []
 

@@ -1,4 +1,4 @@
-"""What differs between stored state and the optimizer that expects it."""
+"""Differences between a stored state and the state that the optimizer expects are named."""
 
 import jax
 import jax.numpy as jnp

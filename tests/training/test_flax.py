@@ -1,4 +1,4 @@
-"""Training steps through Flax: NNX's optimizer, Linen's train state, boxes of metadata."""
+"""Training steps with Flax: NNX's optimizer, Linen's train state, and metadata boxes."""
 
 import flax.linen as nn
 import jax
@@ -85,7 +85,7 @@ def test_nnx_and_linen_take_the_same_steps(name):
 
 @pytest.mark.parametrize("how", ["masked", "partition"])
 def test_nnx_with_part_of_the_parameters(how):
-    """The masked leaves are variables that hold nothing."""
+    """Masked leaves, which are empty variables, do not affect the others."""
     images, labels = data()
     tx = so.adamsrt(1e-2, groups=GROUPS)
     if how == "masked":
@@ -143,7 +143,7 @@ def test_a_whole_nnx_model_as_parameters(rest):
         ("norm/mean", "BatchStat") if rest == "statistics" else ("drop/rngs/count", "RngCount")
     )
     groups = so.groups_by_path({"kernel/kernel": so.per_filter()})
-    message = rf"{where}: expected an array of parameters, found a {found}; pass .*nnx\.Param"
+    message = rf"{where}: expected an array of parameters, found a {found}\. Pass .*nnx\.Param"
     for params in (model, nnx.state(model)):
         for use in (so.adamsrt(0.1, groups=groups).init, lambda p: so.describe_groups(p, groups)):
             with pytest.raises(TypeError, match=message):
@@ -159,7 +159,7 @@ def test_an_nnx_model_of_parameters_alone():
 
 
 def test_sharding_metadata_of_a_kernel_stays_off_the_reduced_state():
-    """NNX copies a variable's metadata onto the optimizer state made from it."""
+    """Per-group state does not keep a kernel's sharding metadata, which NNX copies to the state."""
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
     mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
@@ -173,7 +173,7 @@ def test_sharding_metadata_of_a_kernel_stays_off_the_reduced_state():
 
 
 def test_boxed_linen_parameters():
-    """`nn.with_partitioning` leaves boxes in the tree, in `init` and in `update`."""
+    """Boxed parameters of `nn.with_partitioning` train like plain ones."""
     box = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
     model = nn.Dense(3, kernel_init=box)
     boxed = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]

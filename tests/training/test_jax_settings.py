@@ -1,4 +1,4 @@
-"""Steps under JAX's stricter settings, and very many of them."""
+"""Steps under JAX's stricter settings, and a very long run."""
 
 import functools
 
@@ -85,8 +85,8 @@ def test_steps_under_a_flag(name, flag):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-# Optax's Adam raises a float to the power of its integer count, which strict promotion refuses;
-# with it what is made of it: AdamP, and Hyperball around Adam.
+# Strict promotion refuses Optax's Adam, which raises a float to the power of an integer count. So
+# optimizers that contain it (AdamP, and Hyperball around Adam) are left out here.
 STRICT = {
     "adams": lambda groups: so.adams(0.1, groups=groups, weight_decay=0.01),
     "adamsrt": lambda groups: so.adamsrt(0.1, groups=groups, weight_decay=0.01),
@@ -135,7 +135,10 @@ def test_geometry_under_strict_promotion_and_rank(dtype):
     "make", [lambda: optax.scale_by_adam(), OPTIMIZERS["adamp"], OPTIMIZERS["hyperball"]]
 )
 def test_optax_refuses_strict_promotion(make):
-    """Once Optax's Adam passes, so does every optimizer: then drop this test, and `STRICT`."""
+    """Optax's Adam fails under strict promotion.
+
+    If this test fails, every optimizer passes: remove this test and `STRICT`.
+    """
     message = "no available implicit dtype promotion path"
     with (
         jax.numpy_dtype_promotion("strict"),
@@ -149,7 +152,7 @@ def test_optax_refuses_strict_promotion(make):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_steps():
-    """Traced once; finite, tangent, and no buffer more than after the first chunk."""
+    """A long run is traced once, stays finite and tangent, and leaks no buffers."""
     rng = np.random.default_rng(0)
     targets = jnp.asarray(rng.normal(size=(7, 5, 3)), jnp.float32)
     group = so.per_filter()

@@ -1,4 +1,4 @@
-"""What docs/precision.md says of low precision, in fewer steps."""
+"""The statements of docs/precision.md about low precision, in fewer steps."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_everything_stays_finite(rows):
 
 
 def test_moments_stay_tangent(rows):
-    """Up to the rounding of the moment, whatever the parameters' dtype."""
+    """Moments stay tangent up to their own rounding, for every dtype of the parameters."""
     name, found = rows
     for each, row in found.items():
         if name == "hyperball":
@@ -44,7 +44,7 @@ def test_moments_stay_tangent(rows):
 
 
 def test_radii_stay_where_they_belong(rows):
-    """With float32 parameters; in bfloat16, Hyperball's up to its rounding."""
+    """Radii do not drift with float32 parameters, nor Hyperball's in bfloat16 beyond rounding."""
     name, found = rows
     for each, row in found.items():
         if precision.PRECISIONS[each].params == jnp.float32:
@@ -62,7 +62,7 @@ def test_float32_parameters_learn_as_in_float32(rows):
 
 
 def test_steps_that_overflow_are_left_out():
-    """The loss is scaled until its gradients overflow, and less after."""
+    """Steps are skipped when the scaled loss has gradients that overflow."""
     case, each = precision.CASES["adamsrt"], "float16 gradients of a scaled loss"
     run = precision.train(case, precision.PRECISIONS[each]._replace(grow=5), CONFIG)
     assert 0 < run.skipped < CONFIG.steps / 5

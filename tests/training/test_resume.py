@@ -1,4 +1,4 @@
-"""Stopped and resumed: killed at any moment, and restored with other groups."""
+"""Training that is killed at any moment and resumed, and checkpoints restored with other groups."""
 
 import os
 import pathlib
@@ -22,7 +22,10 @@ STEPS = 10
 
 
 def work(directory, kill_at=None, delay=0.0):
-    """Runs the worker, to its end or until it prints a line and some time passed; its lines."""
+    """Runs the worker, and returns its lines of output.
+
+    With `kill_at`, it is killed `delay` seconds after it prints that line.
+    """
     directory.mkdir(exist_ok=True)
     command = [sys.executable, str(WORKER), str(directory), str(STEPS)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -64,9 +67,9 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path):
         starts.append(int(lines[0 if not starts or lines[0] == "step 0" else 1].split()[1]))
         left.append(unfinished(killed))
     assert lines[-1] == f"saving {STEPS - 1}"
-    assert any(left)  # it was killed while it wrote
+    assert any(left)  # at least once it was killed while it wrote
     assert not left[-1]
-    # At most the step that was being written is lost, and the one that was being made.
+    # At most two steps are lost: the one being written, and the one being computed.
     for start, (kill_at, _) in zip(starts[1:], moments, strict=True):
         assert start >= int(kill_at.split()[1]) - 1
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == ["8", "9"]
@@ -110,7 +113,10 @@ def test_state_of_other_groups_is_refused_at_the_next_update(name, other):
 
 @pytest.mark.parametrize("other", [LAYER, ROW])
 def test_a_checkpoint_of_other_groups_is_refused_by_orbax(other, tmp_path):
-    """Without the parameter's name, which the check in docs/scaling.md gives."""
+    """Orbax refuses a checkpoint of other groups, but without the parameter's name.
+
+    The check in docs/scaling.md names the parameter.
+    """
     params = {"kernel": jnp.ones((3, 4))}
     expected = jax.eval_shape(so.retract(grouped(other)).init, params)
     with ocp.CheckpointManager(tmp_path) as manager:
@@ -128,7 +134,7 @@ def test_a_checkpoint_of_other_groups_is_refused_by_orbax(other, tmp_path):
     [(FILTER, ROW), (LAYER, so.per_layer(joint="all"))],
 )
 def test_groups_of_the_same_shapes_are_not_told_apart(saved, other):
-    """What docs/scaling.md warns of."""
+    """Groups whose state has the same shapes are not told apart, as docs/scaling.md warns."""
     params = {"kernel": jnp.ones((3, 3))}
     state = so.scale_by_adamsrt(groups=grouped(saved)).init(params)
     so.scale_by_adamsrt(groups=grouped(other)).update(params, state, params)

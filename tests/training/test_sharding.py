@@ -1,6 +1,6 @@
-"""Over eight devices: equal to one, no collective of a parameter's size, stable types.
+"""Training over eight devices equals training on one, with small collectives and stable types.
 
-The checks run in a second session of pytest, on this file, that has eight devices.
+The checks run in a second pytest process on this file, which has eight devices.
 """
 
 import functools
@@ -162,7 +162,8 @@ def collectives(text):
             yield widths[kind] * math.prod(int(n) for n in shape.split(",") if n)
 
 
-# Every optimizer in one layout, and all layouts for the two ways to add a group up.
+# Every optimizer runs in one layout. These two, which sum over groups in different ways, run in
+# all layouts.
 FIRST = ("adamsrt", "composed")
 
 
@@ -183,7 +184,7 @@ def test_automatic_axes(optimizer, name, dtype):
         state = jax.jit(tx.init, out_shardings=where)(params)
         step = make_step(tx, out_shardings=(sharding, where))
         compiled = step.lower(params, state, params).compile()
-        # Sums of the groups, several at once: 8 * 16 bytes is far below the kernels' sizes.
+        # Only sums of groups, several at once, which are far smaller than the kernels.
         assert max(collectives(compiled.as_text()), default=0) <= 5 * 24 * 8
         found = run(compiled, params, state, place, dtype)
         for leaf, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(where), strict=True):
@@ -237,11 +238,13 @@ def test_state_sharding_refuses():
         so.state_sharding(tx, params, {"a": fine, "b": PartitionSpec()})
     with pytest.raises(ValueError, match="state_sharding: expected a tree like the parameters"):
         so.state_sharding(tx, params, fine)
-    with pytest.raises(ValueError, match=r"found none for \['b'\], and some for \[\], of 2"):
+    with pytest.raises(
+        ValueError, match=r"no sharding for \['b'\], and .* other paths, \[\]\. There"
+    ):
         so.state_sharding(tx, params, {"a": fine})
-    with pytest.raises(ValueError, match=r"found none for \['b'\], and some for \['c'\], of 2"):
+    with pytest.raises(ValueError, match=r"no sharding for \['b'\], and .* other paths, \['c'\]"):
         so.state_sharding(tx, params, {"a": fine, "c": fine})
-    with pytest.raises(ValueError, match="of 0 parameters"):
+    with pytest.raises(ValueError, match="There are 0 parameters"):
         so.state_sharding(tx, {}, {})
     other = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     other = NamedSharding(other, PartitionSpec())
@@ -251,7 +254,7 @@ def test_state_sharding_refuses():
 
 @here
 def test_restored_onto_another_mesh(tmp_path):
-    """Saved from eight devices in one layout, restored on them in another."""
+    """A state saved in one layout over eight devices is restored in another."""
     tx = OPTIMIZERS["adamsrt"]()
     expected = on_one_device("adamsrt", "float32")
     trees = {}
@@ -302,7 +305,7 @@ def test_nnx_optimizer_on_kernels_with_sharding_metadata():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.skipif(not NEW_FLAX, reason="Flax of then refuses explicit axes")
 def test_state_sharding_of_an_nnx_state(axis_type):
-    """Given as Flax tells it, or as a dictionary with the same keys."""
+    """Shardings may be given as Flax's state or as a dictionary with the same keys."""
     mesh = mesh_of(axis_type)
     init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
     with jax.set_mesh(mesh):
@@ -344,7 +347,7 @@ def in_shards(fn, *specs, **options):
 @here
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_parameters_that_shard_map_cuts_are_refused(name):
-    """A group's sum would be that of a shard."""
+    """Parameters that shard_map cuts are refused, because a sum would cover one shard only."""
     tx = TRANSFORMS[name]()
     cut = {"kernel": PartitionSpec("data"), "head": PartitionSpec()}
     message = (
@@ -364,7 +367,7 @@ def test_parameters_that_shard_map_cuts_are_refused(name):
 
 @here
 def test_parameters_that_shard_map_replicates_are_right():
-    """Data parallel training, and a leaf without a group that is cut."""
+    """Data-parallel training works under shard_map, and a leaf without a group may be cut."""
     tx, whole = so.adamsrt(0.1, groups=ROWS), PartitionSpec()
     params, state = WHOLE, tx.init(WHOLE)
     data = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), "float32")
@@ -373,7 +376,7 @@ def test_parameters_that_shard_map_replicates_are_right():
         return jax.grad(lambda p: ((x @ p["kernel"]) ** 2).mean() + (x @ p["head"]).mean())(params)
 
     def step(params, state, x):
-        grads = gradient(params, x)  # summed over the shards, as the parameters are replicated
+        grads = gradient(params, x)  # summed over the shards, because the parameters are replicated
         return tx.update(jax.tree.map(lambda g: g / DEVICES, grads), state, params)[0]
 
     shards = PartitionSpec(("data", "model"))

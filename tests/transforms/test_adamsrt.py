@@ -1,4 +1,4 @@
-"""Moments on the unit sphere: equal to the composition, and cheap by structure."""
+"""Fused transforms with moments on the unit sphere equal the composition, and are cheap."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from spherical_optax import geometry
 @pytest.mark.filterwarnings("ignore:.*entry by entry")
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_composition(name, case, x64):
-    """For gradients with a radial part too, at radii that change."""
+    """The fused transform equals the composition, also for gradients with a radial part."""
     shapes, groups = CASES[case]
     params, grads = tree_of(shapes, 0), [tree_of(shapes, seed) for seed in range(1, 6)]
     paths = [
@@ -34,7 +34,7 @@ def test_equal_to_the_composition(name, case, x64):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_dtypes_may_differ(name, x64):
-    """Large enough for the sums in one pass, whose operands are of one dtype."""
+    """Mixed dtypes work also for arrays so large that one pass computes all sums."""
     options = {
         "scale_by_adamsrt": {"mu_dtype": "float32"},
         "transported_trace": {"decay": 0.9, "accumulator_dtype": "float32"},
@@ -50,7 +50,7 @@ def test_dtypes_may_differ(name, x64):
 
 
 def test_state_holds_the_moments_on_the_unit_sphere(x64):
-    """Scaling a group leaves the state as it is: r g is the gradient of its direction."""
+    """Scaling a group does not change the state: r g is the gradient with respect to direction."""
     x, g = tree_of({"w": (5, 3)}, 0)["w"], tree_of({"w": (5, 3)}, 1)["w"]
     tx, factors = so.scale_by_adamsrt(groups=so.per_filter()), np.array([0.1, 3.0, 50.0])
     _, state = tx.update(g, tx.init(x), x)
@@ -129,7 +129,7 @@ def compiled_step(tx):
 
 
 def big_copies(compiled, entries=4096):
-    """The copies of arrays of a parameter's size in a compiled program."""
+    """The sizes of large copies in a compiled program."""
     sizes = []
     for shape in re.findall(r"= \w+\[([\d,]*)\]\S* copy\(", compiled.as_text()):
         sizes.append(math.prod(int(n) for n in shape.split(",") if n))
@@ -150,13 +150,13 @@ def test_compiled_step_is_in_place(name):
 def test_compiled_step_needs_little_memory(name):
     compiled, params = compiled_step(getattr(so, name)(1e-3, groups=GROUPS))
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    sums = {"adamsrt": 5, "sgdmrt": 4, "adams": 0}[name]  # parts of them are a 16th of a leaf
+    sums = {"adamsrt": 5, "sgdmrt": 4, "adams": 0}[name]  # a sum's parts are 1/16 of a leaf
     assert compiled.memory_analysis().temp_size_in_bytes <= (0.05 + sums / 16) * total
 
 
 @pytest.mark.parametrize("name", ["adamsrt", "sgdmrt", "adamg", "hyperball"])
 def test_what_groups_share_is_computed_once(name):
-    """Not for each of their entries again: the kernels of entries know of groups what they use."""
+    """Values per group are not recomputed in the kernels over entries."""
     tx = {
         "adamsrt": so.adamsrt(1e-3, groups=GROUPS),
         "sgdmrt": so.sgdmrt(1e-3, groups=GROUPS),
@@ -172,7 +172,7 @@ def test_what_groups_share_is_computed_once(name):
 
 
 def test_the_composition_copies():
-    """The structural test can fail: this is what it guards against."""
+    """The structural test can fail: the composition has the copies that it looks for."""
     compiled, _ = compiled_step(so.transport_moments(optax.trace(0.9), GROUPS))
     assert big_copies(compiled) != []
 

@@ -1,4 +1,4 @@
-"""Radii: where weights are placed, what is kept of them, and surfaces of one's own."""
+"""Radii: placing weights on spheres, remembering radii, and custom surfaces."""
 
 import re
 
@@ -80,7 +80,7 @@ def test_placing_keeps_dtypes_boxes_and_tracing():
 
 
 def test_hyperball_at_its_own_radius_is_that_at_the_initial_one(x64):
-    """Where weights start at it; and from elsewhere it arrives with the same direction."""
+    """A given radius that equals the initial one gives the same trajectory."""
     params, grads = tree_of(PARAMS, 0), [tree_of(PARAMS, seed) for seed in (1, 2, 3)]
     params = so.place_on_sphere(params, GROUPS, 2.0)
     paths = [
@@ -115,7 +115,7 @@ def test_keep_lies_between_a_sphere_and_a_free_step(x64):
 
 @pytest.mark.parametrize("method", ["normalize", "geodesic"])
 def test_the_geometry_as_a_function_is_the_method(method, x64):
-    """With joint leaves, which the function sees as a dictionary of paths."""
+    """A function as `method` gets joint leaves as a dictionary by path, and equals the method."""
     params, grads = tree_of(PARAMS, 0), [tree_of(PARAMS, seed) for seed in (1, 2)]
     paths = []
 
@@ -133,7 +133,7 @@ def test_the_geometry_as_a_function_is_the_method(method, x64):
 
 
 def test_split_radial_follows_a_reparametrization(x64):
-    """SGD with one rate for both is SGD on the length and the direction of a unit vector."""
+    """It equals SGD on the length and, separately, SGD on the direction."""
     x, g = np.array([3.0, 4.0]), np.array([1.0, -2.0])
     tx = so.split_radial(optax.sgd(0.1), optax.sgd(0.3), so.per_layer())
     end = run(tx, jnp.asarray(x), [jnp.asarray(g)])[-1]
@@ -172,7 +172,7 @@ def test_rules_and_radii_that_do_not_fit_are_named():
         ({"": -1.0}, ValueError, r"expected radius in \(0, inf\), found -1.0"),
         ({"": {"": 1.0}}, TypeError, "expected a radius for rule ''"),
         ({"conv": 1.0}, ValueError, r"expected a rule for the radius of fc/bias, found none among"),
-        ({"": 1.0, "conv": 2.0}, ValueError, r"found \['conv'\], which decide for none of"),
+        ({"": 1.0, "conv": 2.0}, ValueError, r"found \['conv'\], which apply to none of"),
         ({"kernel": 1.0, "": 2.0}, ValueError, "one radius for the joint label 'fc', found 2.0"),
     ):
         with pytest.raises(error, match=f"place_on_sphere: .*{message}"):
@@ -241,7 +241,7 @@ def test_weights_loaded_after_init_train_as_if_loaded_before(name, factor, x64):
 
 @pytest.mark.parametrize("name", sorted(set(REMEMBER) - {"split_radial"}))
 def test_groups_replaced_in_training_keep_their_length(name, x64):
-    """Exchanged for another scale, cut to 0, and with a memory of zeros as padding gives it."""
+    """Groups that are rescaled or set to 0 during training keep their new length."""
     tx, params, g = REMEMBER[name](), tree_of(PARAMS, 0), tree_of(PARAMS, 1)
     state = tx.init(params)
     updates, state = tx.update(g, state, params)
@@ -319,7 +319,7 @@ def test_lengths_do_not_drift(wrapper, dtype, entries, steps, tolerance):
 
 
 def finish(init, params):
-    """The state, after what its program calls on the host."""
+    """The state, after all host callbacks of `init` have run."""
     state = init(params)
     jax.effects_barrier()
     return state
@@ -360,7 +360,7 @@ def test_a_traced_init_is_not_silent(how):
     params = {"out": jnp.ones((3, 2)).at[:, 1].set(0)}
     if how in ("vmap", "scan"):
         params = jax.tree.map(lambda x: jnp.stack([x, x]), params)
-    with pytest.warns(UserWarning, match=r"found 0 in out \(1 of 2\): .* never move"):
+    with pytest.warns(UserWarning, match=r"found 0 in out \(1 of 2\)\. .* never move"):
         finish(TRACED[how](tx.init), params)
 
 
@@ -379,7 +379,7 @@ def test_an_update_can_be_exported_and_an_init_that_warns_cannot():
 
 
 def test_a_padded_state_takes_the_lengths_of_new_rows(x64):
-    """And the radius of a rule, which a state of zeros does not know."""
+    """New rows in a state padded with zeros take their own lengths, or the radius of a rule."""
     rows, old, new = so.RadialGroup((0,)), tree_of({"w": (5, 4)}, 0), tree_of({"w": (8, 4)}, 1)
     grads = tree_of({"w": (8, 4)}, 2)
     for radius, expected in (("initial", so.geometry.norm(new["w"], rows)), ({"w": 3.0}, 3.0)):

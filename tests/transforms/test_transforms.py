@@ -1,4 +1,4 @@
-"""What each transform does, against laws and hand-made references."""
+"""Each transform against laws and hand-made references."""
 
 import functools
 
@@ -89,7 +89,7 @@ def test_without_rescaling_lengths_are_kept(x64):
 
 
 def test_joint_leaves_move_as_one_vector(x64):
-    """A kernel and a bias with one label behave as the row-stacked matrix does."""
+    """A kernel and a bias with one label train like the matrix of their stacked rows."""
     kernel, bias = normal(0, (3, 4)), normal(1, (4,))
     for group in (so.per_layer, functools.partial(so.per_channel_block, 2)):
         joint = so.adamsrt(0.1, groups=group(joint="dense"), weight_decay=0.1)
@@ -120,7 +120,7 @@ def test_blocks_move_as_separate_layers(x64):
 
 
 def test_moments_are_found_by_path_not_by_name_alone(x64):
-    """Parameters may themselves be called mu or nu."""
+    """Moments are found also if parameters are called mu or nu."""
     groups = {"mu": {"kernel": FILTER}, "nu": FILTER}
     params = {"mu": {"kernel": normal(0, (4, 3))}, "nu": normal(1, (4, 3))}
     renamed = {"a": {"kernel": params["mu"]["kernel"]}, "b": params["nu"]}
@@ -136,7 +136,7 @@ def test_moments_are_found_by_path_not_by_name_alone(x64):
 
 
 def test_a_parameter_called_mu_does_not_pass_for_a_first_moment(x64):
-    """`nu/mu/kernel` is a second moment, though `kernel` is a parameter too."""
+    """`nu/mu/kernel` is a second moment, even if `kernel` is also a parameter."""
     groups = so.groups_by_path({"kernel": FILTER})
     params = {"mu": {"kernel": normal(0, (4, 3))}, "kernel": normal(1, (4, 3))}
     renamed = {"a": params["mu"], "kernel": params["kernel"]}
@@ -169,7 +169,7 @@ def test_only_part_of_the_tree_may_have_moments(x64):
 
 
 def test_a_group_that_leaves_zero_becomes_ordinary(x64):
-    """At norm zero the moments are left alone, also on the first step away from it."""
+    """At norm zero the moments are not transported, nor on the first step away from it."""
     tx = so.transport_moments(optax.trace(0.5), groups=LAYER)
     zero, g = jnp.zeros(3), normal(0, (3,))
     _, state = tx.update(g, tx.init(zero), zero)
@@ -181,7 +181,7 @@ def test_a_group_that_leaves_zero_becomes_ordinary(x64):
 
 @pytest.mark.filterwarnings("ignore:.*entry by entry")
 def test_single_entries_have_no_tangent_space(x64):
-    """Entry by entry AdamSRT is Adam, as in the published code."""
+    """With groups of one entry AdamSRT is Adam, as in the published code."""
     x = normal(0, (4, 3))
     ours = so.adamsrt(0.1, groups=so.RadialGroup(index_axes=(0, 1)))
     params, state = x, ours.init(x)
@@ -207,13 +207,13 @@ def test_no_copy_of_the_parameters_is_kept():
         (
             lambda: optax.scale(-1.0),
             ValueError,
-            r"\['mu', 'nu', 'trace'\] in the inner .*that it keeps no",
+            r"\['mu', 'nu', 'trace'\] in the inner .*found no moments",
         ),
         (lambda: optax.ema(0.9), ValueError, r"the inner state, found \['count', 'ema'\]"),
         (
             lambda: optax.chain(optax.scale(1.0), optax.ema(0.9)),
             ValueError,
-            r"found \['1/count', '1/ema'\]; name the moments with first_moments",
+            r"found \['1/count', '1/ema'\]\. Name the fields with first_moments",
         ),
     ],
 )
@@ -224,7 +224,7 @@ def test_no_moment_found(make, error, message):
 
 
 def test_moments_under_other_names(x64):
-    """`optax.ema` keeps the same average under another name."""
+    """Moments with other names can be named: `optax.ema` keeps the same average as `trace`."""
     tx = so.transport_moments(
         optax.ema(0.9, debias=False), FILTER, first_moments=("ema",), second_moments=()
     )
@@ -268,7 +268,7 @@ def test_bad_names_of_moments():
 )
 def test_what_is_carried_already_is_refused(inner, state, moment):
     tx, params = so.transport_moments(inner(), FILTER), {"kernel": jnp.ones((3, 2))}
-    message = rf"nothing carries yet, found \['{moment}'.*\] in {state}: they would be .* twice"
+    message = rf"nothing carries yet, found \['{moment}'.*\] in {state}\. They would be .* twice"
     with pytest.raises(ValueError, match=message):
         tx.init(params)
 
@@ -312,7 +312,7 @@ def test_leaves_of_a_joint_group_keep_their_state_in_own_buffers():
 
 
 def test_adamg_star_follows_sgd_through_a_change_of_the_learning_rate(x64):
-    """Whose learning rate may be injected, and so be traced."""
+    """The learning rate may be injected, and therefore traced."""
     schedule = optax.piecewise_constant_schedule(0.04, {10: 0.25})
     star = optax.inject_hyperparams(so.adamg_star)(schedule, 0.5, groups=FILTER)
     sgd = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(schedule))
@@ -367,7 +367,7 @@ def test_the_first_step_keeps_the_direction_and_has_adams_length(x64):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bias_correction_is_accurate_in_low_precision(dtype):
-    """A constant gradient makes every update the same, from the first step on."""
+    """With a constant gradient, all updates are equal from the first step on."""
     g = jnp.full((4,), 0.25, dtype)
     tx = so.scale_by_adams(groups=LAYER, eps=0.0)
     state = tx.init(g)
@@ -433,8 +433,8 @@ def test_rates_by_path_do_not_freeze_leaves_without_a_group():
     params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     groups, rules = {"kernel": FILTER, "bias": None}, {"kernel": 0.1}
     message = (
-        r"scale_by_learning_rates: expected other for leaves without a group, \['bias'\], found "
-        r"None: .*pass other=optax\.scale_by_learning_rate"
+        r"scale_by_learning_rates: expected other, an optimizer .*, \['bias'\], found "
+        r"None\. .*Pass other=optax\.scale_by_learning_rate"
     )
     with pytest.raises(ValueError, match=message):
         so.scale_by_learning_rates(rules, groups=groups).init(params)

@@ -1,4 +1,4 @@
-"""Sums over groups: equal to the geometry's, whatever way a platform takes, and in few passes."""
+"""Sums over groups equal those of the geometry on every platform, in few passes."""
 
 import re
 
@@ -14,7 +14,7 @@ from spherical_optax._xla import Request, _cpu, _gpu, compute_once, inner_produc
 from spherical_optax._xla._leaf import Leaf
 
 PAIRS = ((0, 0), (1, 0), (1, 1), (0, 1))
-# Shapes and groups, and whether sums of them are made in parts on a CPU and on a GPU.
+# Shape, group, and whether sums are computed in parts on a CPU and on a GPU.
 LARGE = {
     "layer": ((512, 160), so.per_layer(), True, True),
     "blocks": ((768, 96), so.per_channel_block(4), True, True),
@@ -77,7 +77,7 @@ def test_joint_leaves_are_added(x64):
 
 
 def test_fewer_passes_on_a_cpu():
-    """One kernel reads the arrays for all sums, and a sum of each is of a sixteenth of them."""
+    """On a CPU, one kernel reads the arrays for all sums."""
     shape = (1024, 96)
 
     def sums(x, y):
@@ -98,7 +98,7 @@ def test_each_platform_gets_its_sums():
         each: traced.lower(lowering_platforms=(each,)).as_text() for each in ("cpu", "cuda", "tpu")
     }
     assert ["optimization_barrier" in text[each] for each in text] == [False, True, False]
-    # On a TPU each product is summed by itself, over all rows.
+    # On a TPU each product is summed separately, over all rows.
     assert ["1x16x6144xf" in text[each] for each in text] == [True, False, False]
 
 
@@ -118,7 +118,7 @@ def test_the_gradient_of_sums_in_parts(x64):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_values_computed_once_are_the_same(dtype, x64):
-    """Bit for bit, signed zeros, infinities and NaN as well."""
+    """Values keep their bits, including signed zeros and infinities; NaN stays NaN."""
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-37, -3.5]
     arrays = [jnp.asarray(special[n:] + special[:n], dtype) for n in range(3)]
     for found in (compute_once(arrays), jax.jit(compute_once)(arrays)):
