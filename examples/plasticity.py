@@ -1,42 +1,44 @@
 """Does a network keep learning when its data change, and what does a fixed radius do for it?
 
-A norm follows each kernel but the last, so that its length sets nothing but the effective learning
-rate. Without decay lengths grow, task after task, and the network turns ever more slowly. What
-follows was written down before the first long run.
+A norm follows each kernel but the last. The length of such a kernel only sets the effective
+learning rate. Without decay the lengths grow from task to task, and the network rotates its weights
+less and less. Settings and hypotheses were fixed before the first long run.
 
-Settings, on scikit-learn's digits. The kernels that a norm follows have the optimizer that is
-compared, all else has Adam at 1e-3.
+Settings, on scikit-learn's digits. Kernels that a norm follows are trained by the optimizers that
+are compared, all other parameters by Adam at 1e-3.
 
-    memory       512 digits with random labels, new ones for each of 40 tasks of 150 full-batch
-                 steps; a network of two hidden layers of 64 units with LayerNorm. The outcome is
+    memory       512 digits with random labels, and new labels in each of 40 tasks of 150 full-batch
+                 steps. The network has two hidden layers of 64 units with LayerNorm. The outcome is
                  the training loss at the end of a task, mean over the last ten.
-    permuted     1000 digits, their pixels in a new order in each of 40 tasks of 250 steps of 64,
-                 the same network. The outcome is the accuracy on 797 others, mean over the last
-                 ten. Permutations and not rotations, as there are as many as wanted, all equally
-                 hard.
-    convolution  the same for 20 tasks, with three convolutions and BatchNorm; in evaluation mode,
-                 mean over the last five. Printed beside it: with batch statistics.
-    warm_start   500 digits for 2000 steps, then 1000 for 2000 more, the first network; rates fall
-                 to 0 along a cosine in each half. The outcome is the test accuracy at the end.
-                 Printed beside it: the accuracy from the start, all 1000 digits for 2000 steps,
-                 less the outcome, with the same seeds and rates.
+    permuted     1000 digits. The pixels have a new order in each of 40 tasks of 250 steps of 64
+                 images. The network is the same. The outcome is the accuracy on 797 other digits,
+                 mean over the last ten tasks. Permutations, and not rotations, because there are
+                 enough of them, and all are equally hard.
+    convolution  The same for 20 tasks, with three convolutions and BatchNorm. The outcome is the
+                 accuracy in evaluation mode, mean over the last five tasks. The table also has the
+                 accuracy with batch statistics.
+    warm_start   500 digits for 2000 steps, then 1000 for 2000 more, with the first network. The
+                 rates fall to 0 along a cosine in each half. The outcome is the test accuracy at
+                 the end. The table also has the accuracy of training afresh, with all 1000 digits
+                 for 2000 steps, minus the outcome, for the same seeds and rates.
 
-Each optimizer has twelve settings, rates or rates and decays. Two seeds choose among them, by the
-mean outcome, and ten others are reported, with 95 % intervals of Student's t, and of differences
-seed by seed. "As well as" means that the interval of the difference ends before 0.1 nats, or half
-a percent of accuracy, in disfavour; "worse" means that all of it is in disfavour.
+Each optimizer has twelve settings: rates, or rates and decays. Two seeds choose one of them by the
+mean outcome. Ten others are reported, with 95 % intervals of Student's t, also for differences seed
+by seed. "As well as" means that the interval of the difference ends before 0.1 nats, or half a
+percent of accuracy, in disfavor. "Worse" means that the whole interval is in disfavor.
 
 H1: where data change, a fixed angle at a fixed radius keeps a network learning as well as the best
-decay does, and Adam, SGD and Muon without decay do not. It holds in a setting where adamh does as
-well as adamw, muonh as muon_decay, and adam and sgd are worse than adamw, muon than muon_decay.
-H2: one number for all. It holds for muonh (and for adamh) in a setting where at the angle chosen
-in `memory` it does as well as the better of adamw and muon_decay, by the seeds that choose.
+decay does, and Adam, SGD and Muon without decay do not. H1 holds in a setting where adamh does as
+well as adamw, muonh as well as muon_decay, adam and sgd are worse than adamw, and muon is worse
+than muon_decay.
+H2: one number for all. H2 holds for muonh (and for adamh) in a setting where, at the angle chosen
+in `memory`, it does as well as the better of adamw and muon_decay, by the seeds that choose.
 
-Every run leaves a file in `runs/`: stopped and started again, the program goes on. At its end it
-prints a table, and writes `results.json`, `why.png` and `rates.png`.
+Every run leaves a file in `runs/`: if you stop the program and start it again, it continues. At the
+end it prints a table, and writes `results.json`, `why.png` and `rates.png`.
 
-    python examples/plasticity.py --preset small              # half an hour on two cores
-    python examples/plasticity.py                             # two hours
+    python examples/plasticity.py --preset small              # at most half an hour on two cores
+    python examples/plasticity.py                             # an hour
     python examples/plasticity.py --settings memory --optimizers muonh --rate 0.03 --seeds 1
     python examples/plasticity.py --help
 """
@@ -71,7 +73,7 @@ from matplotlib.figure import Figure
 import spherical_optax as so
 
 OTHER_LEARNING_RATE = 1e-3
-SEARCH_SEED = 1000  # the first of those that choose
+SEARCH_SEED = 1000  # the first of the seeds that choose
 MARGINS = {"loss": 0.1, "accuracy": 0.005}
 SMALL = ("adam", "adamw", "muon", "muon_decay", "adamsrt", "adamh", "muonh", "adam_radius")
 PATTERN = r"kernel\d/kernel"
@@ -82,21 +84,21 @@ class Config:
     """Trains networks on data that change, with many optimizers."""
 
     preset: Literal["small", "full"] = "full"
-    """small: every other setting, one seed to choose and three to report, eight optimizers."""
+    """small: every other setting, one seed that chooses, three reported seeds, eight optimizers."""
     settings: tuple[str, ...] = tuple(SETTINGS)
     """Settings, one or several."""
     optimizers: tuple[str, ...] = ()
-    """Optimizers, one or several; none: those of the preset."""
+    """Optimizers, one or several. None: those of the preset."""
     seeds: int | None = None
-    """Runs that are reported, with the seeds 0, 1, ...; None: those of the preset."""
+    """Number of reported runs, with the seeds 0, 1, ... None: that of the preset."""
     search_seeds: int | None = None
-    """Runs of each setting that choose, with seeds from 1000 on; None: those of the preset."""
+    """Number of runs that choose, with seeds from 1000 on. None: that of the preset."""
     tasks: int | None = None
-    """Tasks of a run; None: those of the setting."""
+    """Tasks per run. None: that of the setting."""
     rate: float | None = None
-    """A rate for all, in place of a search."""
+    """One learning rate for all runs, without a search."""
     strength: float = 0.0
-    """What goes with that rate: a decay, a pull, or a factor to shrink by."""
+    """The strength for that rate: a decay, a pull, or the factor that shrinks the weights."""
     out: pathlib.Path = pathlib.Path("out/plasticity")
     """Directory for runs, results.json and figures."""
 
@@ -107,13 +109,13 @@ class Choice(NamedTuple):
 
 
 def choices(contender: Contender, preset: str) -> list[Choice]:
-    """The settings of an optimizer; small has every other one."""
+    """The settings of an optimizer. The preset small has every other one."""
     every = itertools.product(contender.rates, contender.strengths)
     return [Choice(*each) for each in every][:: 2 if preset == "small" else 1]
 
 
 def is_compared(tree: Any) -> Any:
-    """Which leaves are kernels that a norm follows."""
+    """Says which leaves are kernels that a norm follows."""
     path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return jax.tree.map_with_path(lambda keys, _: bool(re.search(PATTERN, path(keys))), tree)
 
@@ -143,7 +145,7 @@ def make_optimizer(setting: Setting, contender: Contender, rate: Any, strength: 
 
 
 def make_run(setting: Setting, contender: Contender) -> Callable[..., dict[str, list[float]]]:
-    """Training on tasks, with a choice and a seed, which sets weights, tasks and batches."""
+    """A function that trains on tasks. The seed sets weights, tasks and batches."""
     optimizer = functools.partial(make_optimizer, setting, contender)
     graph = nnx.graphdef(nnx.eval_shape(lambda: setting.network(nnx.Rngs(0))))
 
@@ -158,7 +160,7 @@ def make_run(setting: Setting, contender: Contender) -> Callable[..., dict[str, 
 
     @jax.jit
     def learn(choice: Choice, variables: Any, train: Any, batches: jax.Array) -> Any:
-        """All steps of a task; mean radius and angle over steps and kernels."""
+        """All steps of a task; returns mean radius and angle over steps and kernels."""
 
         def step(variables: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
             images, labels = (each[batch] for each in train)
@@ -200,7 +202,7 @@ def make_run(setting: Setting, contender: Contender) -> Callable[..., dict[str, 
 
 
 def in_batches(rng: np.random.Generator, task: Task, setting: Setting) -> np.ndarray:
-    """The images of each step (steps, batch), shuffled anew for each pass."""
+    """The images of each step (steps, batch), shuffled for each pass over the data."""
     images = len(task.train[0])
     batch = setting.batch or images
     passes = math.ceil(setting.steps / (images // batch))
@@ -208,7 +210,7 @@ def in_batches(rng: np.random.Generator, task: Task, setting: Setting) -> np.nda
 
 
 class Runs:
-    """Finished runs, a file each; others are made when they are asked for, one on each core."""
+    """The results of finished runs, one file each. Missing runs are computed, one per core."""
 
     def __init__(self, out: pathlib.Path, progress: tqdm.tqdm) -> None:
         self.folder, self.progress = out / "runs", progress
@@ -240,7 +242,7 @@ class Runs:
 
 
 def outcome(setting: Setting, result: Any) -> float:
-    """The mean over the last tasks; a loss that is not finite counts as a guess's."""
+    """The mean over the last tasks. A loss that is not finite counts as that of guessing."""
     values = result[setting.outcome][-setting.last :]
     return float(np.mean([finite_loss(x) if setting.outcome == "loss" else x for x in values]))
 
@@ -252,7 +254,7 @@ class Cell(NamedTuple):
     searched: dict[Choice, float]  # mean outcome of each choice, over the seeds that choose
     reported: list[Any]  # results of the seeds 0, 1, ...
     outcomes: np.ndarray  # of these
-    beside: np.ndarray | None  # batch statistics' accuracies, or those of warm_start's gap
+    beside: np.ndarray | None  # accuracies with batch statistics, or afresh minus outcome
 
     @property
     def found(self) -> float:
@@ -260,7 +262,7 @@ class Cell(NamedTuple):
 
 
 def measure(config: Config, runs: Runs, name: str, rival: str, choice: Choice | None) -> Cell:
-    """Searches for a choice, unless there is one, and reports it on other seeds."""
+    """Searches for a choice, unless one is given, and reports it for other seeds."""
     setting = SETTINGS[name]
     tasks = config.tasks or setting.number
     seeds, search_seeds = sizes(config)
@@ -285,19 +287,19 @@ def measure(config: Config, runs: Runs, name: str, rival: str, choice: Choice | 
 
 
 def sizes(config: Config) -> tuple[int, int]:
-    """How many seeds are reported, and how many choose."""
+    """The numbers of seeds that are reported, and that choose."""
     seeds, search_seeds = (3, 1) if config.preset == "small" else (10, 2)
     return config.seeds or seeds, config.search_seeds or search_seeds
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The mean, and Student's 95 % interval; of one value, nothing is known but it."""
+    """The mean and Student's 95 % interval, which is infinite for one value."""
     mean, half = float(np.mean(values)), half_interval(values)
     return mean, mean - half, mean + half
 
 
 def harm(setting: Setting, cell: Cell, other: Cell) -> tuple[float, float, float]:
-    """By how much it does worse than the other, seed by seed."""
+    """How much worse it is than the other, seed by seed: mean and interval."""
     sign = 1 if setting.outcome == "loss" else -1
     return interval(sign * (cell.outcomes - other.outcomes))
 
@@ -311,7 +313,7 @@ def worse(setting: Setting, cell: Cell, other: Cell) -> bool:
 
 
 def verdicts(name: str, cells: dict[str, Cell]) -> dict[str, dict[str, bool]]:
-    """What each hypothesis asks of this setting, as far as the optimizers are there."""
+    """The statements of each hypothesis about this setting, for the optimizers that were run."""
     setting, found = SETTINGS[name], {"H1": {}, "H2": {}}
     for test, pairs in (
         (as_well, [("adamh", "adamw"), ("muonh", "muon_decay")]),
@@ -332,7 +334,7 @@ def verdicts(name: str, cells: dict[str, Cell]) -> dict[str, dict[str, bool]]:
 
 
 def reach(setting: Setting, cell: Cell) -> str:
-    """From which rate to which the search's outcome is near its best, over the strengths."""
+    """The range of rates whose outcome in the search is near the best, at any strength."""
     if not cell.searched:
         return "-"
     sign = 1 if setting.outcome == "loss" else -1
@@ -362,7 +364,11 @@ def print_table(name: str, cells: dict[str, Cell]) -> None:
         mean, low, high = interval(cell.outcomes)
         ends = [result["radius"][-1] / result["radius"][0] for result in cell.reported]
         row = [each, f"{cell.choice.rate:.3g}", f"{cell.choice.strength:g}", show(mean)]
-        row += [f"{show(low)} to {show(high)}", show(cell.outcomes[0]), reach(setting, cell)]
+        row += [
+            f"{show(low)} to {show(high)}" if len(cell.outcomes) > 1 else "-",
+            show(cell.outcomes[0]),
+            reach(setting, cell),
+        ]
         row += [f"{np.mean(ends):.3g}"]
         if cell.beside is not None:
             mean, low, high = interval(cell.beside)
@@ -386,7 +392,7 @@ COLORS |= {"muon": "#CC79A7", "muon_decay": "#882255"}
 
 
 def plot_why(name: str, cells: dict[str, Cell], path: pathlib.Path) -> None:
-    """How outcome, lengths and angles go on over the tasks."""
+    """Plots outcome, lengths and angles over the tasks."""
     setting = SETTINGS[name]
     loss = setting.outcome == "loss"
     panels = {
@@ -410,7 +416,7 @@ def plot_why(name: str, cells: dict[str, Cell], path: pathlib.Path) -> None:
 
 
 def plot_rates(results: dict[str, dict[str, Cell]], path: pathlib.Path) -> None:
-    """The search's outcome over the rate, at the best strength of each."""
+    """Plots the outcome of the search over the rate, at the best strength for each rate."""
     rows, columns = math.ceil(len(results) / 2), min(2, len(results))
     figure = Figure(figsize=(5 * columns + 1, 3.4 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -431,6 +437,9 @@ def plot_rates(results: dict[str, dict[str, Cell]], path: pathlib.Path) -> None:
                 label = f"{rival}, best decay of each" if decays else rival
                 style = "--" if decays else "-"
                 ax.plot(rates, best, style, marker="o", ms=3, color=color, label=label)
+        if sign == -1:  # a wrong angle can cost all accuracy, and hide the differences
+            best = max(max(line.get_ydata()) for line in ax.lines)
+            ax.set_ylim(max(ax.get_ylim()[0], best - 5), best + 0.3)
         ax.set_xscale("log")
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("learning rate, or angle (rad)")
@@ -464,7 +473,9 @@ def measure_all(config: Config, rivals: Iterable[str]) -> dict[str, dict[str, Ce
     own = Choice(config.rate, config.strength) if config.rate is not None else None
     per_rival = seeds + (0 if own else search_seeds * 12 // (2 if config.preset == "small" else 1))
     results: dict[str, dict[str, Cell]] = {}
-    with tqdm.tqdm(total=per_rival * len(config.settings) * len(rivals), unit="run") as progress:
+    # A warm start is compared with training afresh.
+    runs_of = {name: per_rival + seeds * (name == "warm_start") for name in config.settings}
+    with tqdm.tqdm(total=sum(runs_of.values()) * len(rivals), unit="run") as progress:
         runs = Runs(config.out, progress)
         for name in config.settings:
             cells = results[name] = {}
