@@ -671,8 +671,8 @@ def test_a_stopped_gradient_does_not_pass_for_no_effect():
         (
             "bias before BatchNorm",
             {"head/kernel": FILTER, "conv": FILTER},
-            r"(?s)3 of 5 parameters.*conv0/bias of shape \(8,\): expected an invariant group, found no "
-            r"effect.*head/kernel of shape \(8, 3\): .*a deviation of .*\. None tried is",
+            r"(?s)3 of 5 parameters.*conv0/bias of shape \(8,\): expected an invariant group, "
+            r"found no effect.*head/kernel of shape \(8, 3\): .*a deviation of .*\. None tried is",
         ),
         (
             "bias before BatchNorm",
