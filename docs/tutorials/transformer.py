@@ -15,8 +15,12 @@
 #
 # A small decoder with RMSNorm and QK-norm learns a text byte by byte. First AdamW trains it. Then
 # AdamH trains it with its matrices on spheres: their learning rate is an angle, and weight decay
-# has no effect on them. It takes a minute on two cores, and needs `pip install ".[examples]"` in a
-# clone.
+# has no effect on them. The tutorial takes a minute on two cores, and needs
+# `pip install ".[examples]"` in a clone.
+#
+# `muonh` and `rotational_adamw` take the place of `adamh` in the same way. They are the
+# [first choices](../which.md) for a transformer, because AdamH was worse than AdamW on our
+# [language model](../language.md).
 
 # %%
 import jax
