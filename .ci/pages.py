@@ -2,7 +2,8 @@
 
 Formulas become MathML, which browsers render without scripts or fonts. In tutorials, links to
 source files become links to their pages, and figures get the title of their section as their
-description. The first occurrence of each glossary term on a page becomes a link to its entry.
+description. A figure is a link to its file, which a phone shows in full size. The first
+occurrence of each glossary term on a page becomes a link to its entry.
 """
 
 import html
@@ -15,6 +16,7 @@ from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 FIGURE = re.compile(r'<h\d[^>]*>([^<]*)|alt="No description has been provided for this image"')
+IMAGE = re.compile(r'<img [^>]*src="(?!data:)([^"]+)"[^>]*>')
 # The anchors of the glossary's entries, with the forms of their terms.
 TERMS = {
     "effective-learning-rate": "effective learning rates?",
@@ -60,6 +62,7 @@ def on_page_content(content: str, page: Any, files: Any, **_: Any) -> str:
         return f'alt="Figure of the section: {heading}"'
 
     content = LINK.sub(link, FIGURE.sub(figure, FORMULA.sub(formula, content)))
+    content = IMAGE.sub(r'<a href="\1">\g<0></a>', content)
     glossary = files.get_file_from_path("glossary.md")
     if page.file.src_uri in (glossary.src_uri, "changelog.md"):
         return content

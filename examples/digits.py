@@ -3,7 +3,7 @@
 Every optimizer starts from the same weights and sees the same batches. The program prints a
 table of test accuracy and step time, and writes `results.json` and `curves.png`.
 
-    python examples/digits.py                                  # six optimizers
+    python examples/digits.py                                  # eight optimizers
     python examples/digits.py --optimizer adamsrt adam --seeds 2
     python examples/digits.py --optimizer adamsrt --learning-rate 0.1 --epochs 40
     python examples/digits.py --help
@@ -45,6 +45,7 @@ Name: TypeAlias = Literal[
     "adamp",
     "sgdp",
     "adamh",
+    "muonh",
     "rotational_adamw",
     "rotational_sgdm",
     "rotational_lion",
@@ -55,7 +56,16 @@ Name: TypeAlias = Literal[
 Curves: TypeAlias = dict[str, np.ndarray]  # one value per epoch
 Make: TypeAlias = Callable[..., optax.GradientTransformation]
 
-DEFAULT: tuple[Name, ...] = ("adamh", "adamsrt", "adams", "adam", "adamw", "sgd")
+DEFAULT: tuple[Name, ...] = (
+    "muonh",
+    "adamh",
+    "rotational_adamw",
+    "adamsrt",
+    "adams",
+    "adam",
+    "adamw",
+    "sgd",
+)
 BATCH_SIZE = 128
 
 # BatchNorm follows each convolution, so multiplying a filter by a positive number does not
@@ -78,6 +88,7 @@ SPHERICAL: dict[Name, Make] = {
     "adamp": so.adamp,
     "sgdp": so.sgdp,
     "adamh": adam_elsewhere(so.adamh),
+    "muonh": adam_elsewhere(so.muonh),
     # The decay sets the angle per step. These runs are short, so it is larger than the default.
     "rotational_adamw": functools.partial(so.rotational_adamw, weight_decay=0.1),
     "rotational_sgdm": functools.partial(so.rotational_sgdm, weight_decay=1e-3),
@@ -102,6 +113,7 @@ LEARNING_RATES: dict[Name, float] = {
     "adamp": 0.3,
     "sgdp": 1.0,
     "adamh": 0.1,
+    "muonh": 0.1,
     "rotational_adamw": 0.03,
     "rotational_sgdm": 0.3,
     "rotational_lion": 0.01,
@@ -120,6 +132,7 @@ STYLES: dict[Name, tuple[str, str]] = {
     "adamp": ("#882255", "-."),
     "sgdp": ("#7A4B1E", "-."),
     "adamh": ("#117733", "-"),
+    "muonh": ("#CC6677", "-."),
     "rotational_adamw": ("#332288", ":"),
     "rotational_sgdm": ("#999933", ":"),
     "rotational_lion": ("#AA4499", ":"),

@@ -46,8 +46,8 @@ def decayed(rates: tuple[float, ...], decays: tuple[float, ...]) -> list[tuple[f
 
 # Learning rates and decays.
 SETTINGS: dict[Name, list[tuple[float, float]]] = {
-    "adamw": decayed((2.5e-3, 5e-3, 1e-2), (0.1, 1.0)),
-    "muon": decayed((0.01, 0.02, 0.04), (0.1, 1.0)),
+    "adamw": decayed((2.5e-3, 5e-3, 1e-2), (1.0, 3.0)),
+    "muon": decayed((0.02, 0.04, 0.08), (0.3, 1.0)),
     "adamsrt": doubled(1.25e-3),
     # Learning rates at a decay of 0.1; rate and decay set the angle together.
     "rotational_adamw": [(rate, 0.1) for rate, _ in doubled(2.5e-3)],

@@ -205,7 +205,7 @@ so.per_filter(). Use so.per_layer(), which is invariant.
         text = f"{who}: {_doubts.too_coarse(experiment, result)}"
         warnings.warn(text, UserWarning, stacklevel=2)
     left = [
-        f"{experiment.leaves[i].path} ({_written(group)})"
+        f"{experiment.leaves[i].path} ({_written(experiment.leaves[i], group)})"
         for joint in search(experiment, False, progress).joints
         if not grouped & joint.keys()
         for i, group in joint.items()
@@ -234,13 +234,14 @@ def _fault(
     `better` is the joint that was found for its first leaf, if any. `change` is how much scaling
     the user's groups changes the outputs, if it does.
     """
-    first = next(iter(joint.values()))
+    i = next(iter(joint))
     values = [leaf.value for leaf in experiment.leaves]
-    path = [f"{experiment.leaves[i].path} of shape {tuple(values[i].shape)}" for i in joint]
+    given = _written(experiment.leaves[i], joint[i])
+    path = [f"{experiment.leaves[k].path} of shape {tuple(values[k].shape)}" for k in joint]
     expected = f"{', '.join(path)}: expected"
-    invariant = None if better is None else _written(better[next(iter(joint))])
+    invariant = None if better is None else _written(experiment.leaves[i], better[i])
     deviation = experiment.deviation(joint)
-    if all(result.verdicts.get(i) == NO_EFFECT for i in joint):
+    if all(result.verdicts.get(k) == NO_EFFECT for k in joint):
         return (
             f"{expected} an invariant group, found no effect on the outputs. "
             "Give it no group, that is, None."
@@ -253,7 +254,7 @@ def _fault(
             hint = _doubts.STOPPED
         return (
             f"{expected} an invariant group, found a deviation of {deviation:.1g} for "
-            f"{_written(first)}. {instead}."
+            f"{given}. {instead}."
         ), hint
     if change is not None:
         return (
@@ -263,19 +264,21 @@ def _fault(
         ), None
     if better is not None and group_size(better, values) < group_size(joint, values):
         return (
-            f"{expected} the finest invariant groups, found {_written(first)}. Use {invariant}, "
+            f"{expected} the finest invariant groups, found {given}. Use {invariant}, "
             "which is finer and also invariant."
         ), None
     return None, None
 
 
-def _written(group: RadialGroup) -> str:
-    """The code that creates the group."""
+def _written(leaf: _trees.Leaf, group: RadialGroup) -> str:
+    """The code that creates the group of a leaf."""
     axes, blocks = group.index_axes, group.num_blocks
     joint = [f"joint={group.joint!r}"] if group.joint is not None else []
     ndim = [f"ndim={group.ndim}"] if group.ndim is not None else []
     if axes == () and blocks is None:
         name, fields = "per_layer", []
+    elif leaf.value.ndim == 3 and axes in ((1,), (-2,)) and blocks is None and not ndim:
+        name, fields = "per_head", ["axis=-2"]
     elif len(axes) == 1 and blocks is None:
         name, fields = "per_filter", [f"axis={axes[0]}"] if axes != (-1,) else []
     elif len(axes) == 1 and not ndim:
@@ -290,7 +293,7 @@ def _written(group: RadialGroup) -> str:
 def _rules(experiment: Experiment, joints: list[Joint]) -> str:
     """The groups that were found for some leaves, as rules to paste into a program."""
     group_of = {
-        rf"^{re.escape(experiment.leaves[i].path)}$": _written(group)
+        rf"^{re.escape(experiment.leaves[i].path)}$": _written(experiment.leaves[i], group)
         for joint in joints
         for i, group in joint.items()
     }

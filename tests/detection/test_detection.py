@@ -694,7 +694,7 @@ def test_a_stopped_gradient_does_not_pass_for_no_effect():
         (
             "QK-norm",
             {"query/kernel": FILTER},
-            r"attention/query/kernel of shape \(8, 2, 6\).*Use so\.per_filter\(axis=1\), which is",
+            r"attention/query/kernel of shape \(8, 2, 6\).*Use so\.per_head\(axis=-2\), which is",
         ),
     ],
 )

@@ -133,6 +133,14 @@ def test_images_have_words(name):
     assert [found for found in page(SITE / name).images if not found.get("alt")] == []
 
 
+def test_figures_are_links_to_their_files():
+    for name in PAGES:
+        sources = [found["src"] for found in page(SITE / name).images]
+        files = {source for source in sources if not source.startswith("data:")}
+        assert files <= set(page(SITE / name).links), name
+    assert page(SITE / "language/index.html").images
+
+
 def test_links_of_the_readme():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
