@@ -259,14 +259,15 @@ def print_table(rows: list[dict[str, Any]], widths: tuple[int, ...]) -> None:
 
 def plot(rows: list[dict[str, Any]], config: Config, path: pathlib.Path) -> None:
     names, warmups = config.optimizer, config.warmup
-    figure = Figure(figsize=(3.1 * len(names), 2.9 * len(warmups) + 0.4), layout="constrained")
-    axes = figure.subplots(len(warmups), len(names), sharey=True, squeeze=False)
+    height, width = (len(warmups), len(names)) if len(names) > 1 else (1, len(warmups))
+    figure = Figure(figsize=(max(3.1 * width, 4.5), 2.9 * height + 0.4), layout="constrained")
+    axes = figure.subplots(height, width, sharey=True, squeeze=False)
     floor = math.inf
     for ax, row in zip(axes.T.flat, rows, strict=True):
-        for color, (width, curve) in zip(itertools.cycle(COLORS), row["curves"].items()):
+        for color, (size, curve) in zip(itertools.cycle(COLORS), row["curves"].items()):
             rates = [2.0 ** int(power) for power in curve]
             means = [statistics.mean(losses) for losses in curve.values()]
-            ax.plot(rates, means, "o-", color=color, ms=3, lw=1.2, label=f"width {width}")
+            ax.plot(rates, means, "o-", color=color, ms=3, lw=1.2, label=f"width {size}")
             best = int(np.argmin(means))
             ax.plot(rates[best], means[best], "o", color=color, ms=8, mfc="none")
             floor = min(floor, means[best])
