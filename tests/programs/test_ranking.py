@@ -10,18 +10,23 @@ import tyro
 
 @pytest.fixture
 def ranking(load, monkeypatch, tmp_path):
-    """ranking.py with given losses in place of training; they diverge at large rates."""
+    """ranking.py with given losses in place of training; they diverge at large rates.
+
+    After half of the steps the best rate is 0.02, after all of them 0.01.
+    """
     module = load("ranking")
     module.calls = []
 
     def make_run(name, size, config):
-        assert (config.context, config.steps, size.layers) == (32, 7, 2)
+        assert (config.context, size.layers) == (32, 2)
         assert size.normalized == (name == "ngpt")
+        best = {4: 0.02, 7: 0.01}[config.steps]
 
         def run(text, seed, rate, warmup, decay):
-            module.calls.append((name, rate, decay, seed))
+            assert warmup == {4: 1, 7: 2}[config.steps]
+            module.calls.append((name, config.steps, rate, decay, seed))
             base = {"adamw": 2.0, "muonh": 1.0}.get(name, 3.0) + 0.1 * (seed % 7)
-            return math.nan if rate > 0.1 else base + abs(math.log(rate / 0.01)) - 0.1 * decay
+            return math.nan if rate > 0.1 else base + abs(math.log(rate / best)) - 0.1 * decay
 
         return run
 
@@ -32,7 +37,7 @@ def ranking(load, monkeypatch, tmp_path):
 
 def run(module, tmp_path, *options):
     args = ["--text", tmp_path / "text.txt", "--out", tmp_path / "out", "--preset", "tiny"]
-    args += ["--steps", 7, *options]
+    args += ["--steps", 7, "--warmup", 0.3, *options]
     module.main(tyro.cli(module.Config, args=[str(each) for each in args]))
     return json.loads((tmp_path / "out" / "results.json").read_text())["optimizers"]
 
@@ -44,20 +49,31 @@ def test_every_optimizer_has_six_settings(ranking):
 
 def test_one_seed_chooses_and_others_are_reported(ranking, tmp_path, capsys):
     found = run(ranking, tmp_path, "--optimizer", "adamw", "muonh")
-    assert found["adamw"]["rate, decay"] == [0.01, 1.0]
+    assert found["adamw"]["rate, decay"] == [0.01, 3.0]
     assert found["muonh"]["rate, decay"] == [0.01, 0.0]
-    np.testing.assert_allclose(found["adamw"]["losses"], [1.9, 2.0, 2.1])
+    np.testing.assert_allclose(found["adamw"]["losses"], [1.7, 1.8, 1.9])
     np.testing.assert_allclose(found["muonh"]["losses"], [1.0, 1.1, 1.2])
-    assert {seed for *_, seed in ranking.calls} == {1000, 0, 1, 2}
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line.startswith(("adamw", "muonh"))]
     assert [row[0] for row in rows] == ["muonh", "adamw"]  # the best first
     # Student's t with two degrees of freedom, 4.303, times 0.1 over sqrt(3).
     assert rows[0][3:7] == ["1.1000", "(0.8516", "to", "1.3484)"]
-    assert rows[0][7:11] == ["-0.9000", "(-0.9000", "to", "-0.9000)"]
+    assert rows[0][7:11] == ["-0.7000", "(-0.7000", "to", "-0.7000)"]
     calls = len(ranking.calls)
     assert run(ranking, tmp_path, "--optimizer", "adamw", "muonh") == found
     assert len(ranking.calls) == calls  # kept
+
+
+def test_two_settings_train_for_all_steps(ranking, tmp_path):
+    found = run(ranking, tmp_path, "--optimizer", "muonh")["muonh"]
+    calls = {steps: [call for call in ranking.calls if call[1] == steps] for steps in (4, 7)}
+    assert [call[4] for call in calls[4]] == [1000] * 6
+    assert [(call[2], call[4]) for call in calls[7]] == [
+        (0.02, 1000),
+        *[(0.01, seed) for seed in (1000, 0, 1, 2)],
+    ]
+    assert [rate for rate, *_ in found["finalists"]] == [0.02, 0.01]
+    assert len(found["searched"]) == 6
 
 
 def test_divergence_counts_as_a_guess(ranking, tmp_path):
