@@ -16,6 +16,7 @@ from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 FIGURE = re.compile(r'<h\d[^>]*>([^<]*)|alt="No description has been provided for this image"')
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 IMAGE = re.compile(r'<img [^>]*src="(?!data:)([^"]+)"[^>]*>')
 # The anchors of the glossary's entries, with the forms of their terms.
 TERMS = {
@@ -62,6 +63,8 @@ def on_page_content(content: str, page: Any, files: Any, **_: Any) -> str:
         return f'alt="Figure of the section: {heading}"'
 
     content = LINK.sub(link, FIGURE.sub(figure, FORMULA.sub(formula, content)))
+    # In Markdown's tables a bar is written with a backslash, which Python-Markdown keeps in code.
+    content = CELL.sub(lambda found: found[0].replace(r"\|", "|"), content)
     content = IMAGE.sub(r'<a href="\1">\g<0></a>', content)
     glossary = files.get_file_from_path("glossary.md")
     if page.file.src_uri in (glossary.src_uri, "changelog.md"):

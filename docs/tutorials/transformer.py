@@ -18,9 +18,10 @@
 # has no effect on them. The tutorial takes a minute on two cores, and needs
 # `pip install ".[examples]"` in a clone.
 #
-# `muonh` and `rotational_adamw` take the place of `adamh` in the same way. They are the
-# [first choices](../which.md) for a transformer, because AdamH was worse than AdamW on our
-# [language model](../language.md).
+# The [first choices](../which.md) for a transformer are `muonh` and `rotational_adamw`, because
+# AdamH was worse than AdamW on our [language model](../language.md). `muonh` takes the place of
+# `adamh` below, without `b2`. `rotational_adamw` has no `other`, and takes AdamW's learning rate and
+# decay.
 
 # %%
 import jax

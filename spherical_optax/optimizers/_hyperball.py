@@ -305,6 +305,12 @@ def _matrix(leaf: _trees.Leaf, group: RadialGroup) -> contrib.MuonDimensionNumbe
     window = {shape[axis] for axis in own[:-2]}
     if len(own) >= 4 and len(window) == 1 and window <= set(range(1, 8)):
         return contrib.MuonDimensionNumbers(tuple(own[:-1]), own[-1])
+    if ndim < 2:
+        raise ValueError(
+            f"muonh: {leaf.path} of shape {shape}: expected a matrix, found a vector. Muon has no "
+            "direction for it. Leave out this parameter, such as the bias of a joint group "
+            "(use_bias=False in Flax), or use adamh."
+        )
     raise ValueError(
         f"muonh: {leaf.path} of shape {shape}: expected a group of two axes for Muon, or a kernel "
         f"(h, w, in, out), found {len(summed)} axes besides {index}, which index groups. Name the "

@@ -163,13 +163,21 @@ def test_functions_and_trees_of_matrices():
 
 @pytest.mark.parametrize(
     ("shape", "group", "found"),
-    [((4, 2, 3), so.per_layer(), 3), ((8,), so.per_layer(), 1), ((8, 2, 3, 3), so.per_layer(), 4)],
+    [((4, 2, 3), so.per_layer(), 3), ((8, 2, 3, 3), so.per_layer(), 4)],
 )
 def test_what_muon_cannot_take_is_named(shape, group, found):
     params = {"layer": {"kernel": jnp.ones(shape)}}
     tx = so.muonh(0.1, groups={"layer": {"kernel": group}})
     message = f"muonh: layer/kernel of shape {shape}: expected a group of two axes for Muon, or a "
     with pytest.raises(ValueError, match=f"{re.escape(message)}.*found {found} axes beside"):
+        tx.init(params)
+
+
+def test_muon_refuses_the_bias_of_a_joint_group():
+    params = {"layer": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+    tx = so.muonh(0.1, groups={"layer": so.per_layer(joint="layer")})
+    message = r"muonh: layer/bias of shape \(8,\): expected a matrix, found a vector\. .*use_bias"
+    with pytest.raises(ValueError, match=message):
         tx.init(params)
 
 

@@ -133,6 +133,12 @@ def test_images_have_words(name):
     assert [found for found in page(SITE / name).images if not found.get("alt")] == []
 
 
+def test_rules_in_tables_can_be_copied():
+    for name in PAGES:
+        assert not re.search(r"<td[^>]*>[^\n]*\\\|", (SITE / name).read_text()), name
+    assert '(.*fc)/(kernel|bias)"' in (SITE / "groups/index.html").read_text()
+
+
 def test_figures_are_links_to_their_files():
     for name in PAGES:
         sources = [found["src"] for found in page(SITE / name).images]
