@@ -20,8 +20,8 @@
 #
 # The [first choices](../which.md) for a transformer are `muonh` and `rotational_adamw`, because
 # AdamH was worse than AdamW on our [language model](../language.md). `muonh` takes the place of
-# `adamh` below, without `b2`. `rotational_adamw` has no `other`, and takes the learning rate and the
-# decay of AdamW.
+# `adamh` below, without `b2`. `rotational_adamw` has no `other`, and takes the rate and the decay
+# of AdamW.
 
 # %%
 import jax
